@@ -1,0 +1,62 @@
+"""The Python API: stream and generate. `load` is in loading.py."""
+
+from collections.abc import Iterator
+
+from .config import GenerationConfig
+from .engine import MlxEngine
+from .events import BlockDone, Done, StepDone
+from .model import DiffusionGemma
+from .session import Session
+from .tokenizer import Tokenizer
+
+
+def make_session(model: DiffusionGemma, tokenizer: Tokenizer) -> Session:
+    """A session on MLX; keep it for a chat, so that its prefix is encoded once."""
+    return Session(lambda: MlxEngine(model), model.config, tokenizer)
+
+
+def stream(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: str | list,
+    config: GenerationConfig | None = None,
+    *,
+    seed: int = 0,
+    thinking: bool = False,
+    rows: list[int] | None = None,
+) -> Iterator[StepDone | BlockDone | Done]:
+    """Denoise an answer and yield events: StepDone after every step, BlockDone after every block, Done at the end.
+
+    prompt: a text, a conversation (list of {"role", "content"}), or a list of either, denoised as one batch.
+    config: the checkpoint's generation_config.json by default; `model.generation_config.replace(…)` changes a value.
+    rows: noise row ids, one per prompt. A row's text depends on its id and the seed, not on its neighbours.
+    """
+    config = config or model.generation_config
+    yield from make_session(model, tokenizer).stream(conversations(prompt), config, seed, thinking, rows)
+
+
+def generate(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    prompt: str | list,
+    *,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    thinking: bool = False,
+    **settings,
+) -> str | list[str]:
+    """The answer's text, or a list of texts for a batch of prompts. `settings` are fields of GenerationConfig."""
+    config = model.generation_config.replace(max_new_tokens=max_tokens, **settings)
+    *_, done = stream(model, tokenizer, prompt, config, seed=seed, thinking=thinking)
+    return done.texts if is_batch(prompt) else done.text
+
+
+def is_batch(prompt) -> bool:
+    """A list of texts or of conversations, rather than one of either."""
+    return isinstance(prompt, list) and not (prompt and isinstance(prompt[0], dict))
+
+
+def conversations(prompt) -> list[list[dict]]:
+    """Any accepted form of prompt → a list of conversations."""
+    prompts = prompt if is_batch(prompt) else [prompt]
+    return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]

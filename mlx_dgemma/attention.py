@@ -1,0 +1,45 @@
+"""Attention of one layer, for both passes: the encoder appends to the prefix, the decoder only reads it.
+
+Shapes   B rows, T tokens, H hidden, Nq query heads, N key-value heads, D head_dim, P prefix tokens
+Source   transformers 5.23.0, DiffusionGemmaEncoderTextAttention and DiffusionGemmaDecoderTextAttention
+Differs  one class for both passes; they share every weight
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .cache import LayerCache
+from .config import LayerConfig, ModelConfig
+from .layers import RMSNorm, Rope, unit_rms
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: LayerConfig):
+        super().__init__()
+        self._layer, self._n_heads, self._eps = layer, config.num_attention_heads, config.rms_norm_eps
+        q_size = config.num_attention_heads * layer.head_dim
+        kv_size = layer.num_key_value_heads * layer.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        if layer.has_v_proj:
+            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
+        self._rope = Rope(layer)
+
+    def __call__(self, x, cache: LayerCache, first, mask, append: bool):
+        """x (B, T, H) → (B, T, H). `first` is the position of x[:, 0]; with `append` the prefix grows by x."""
+        B, T, _ = x.shape
+        kv_shape = (B, T, self._layer.num_key_value_heads, self._layer.head_dim)
+        q = self.q_norm(self.q_proj(x).reshape(B, T, self._n_heads, self._layer.head_dim))
+        k = self.k_proj(x).reshape(kv_shape)
+        # Full-attention layers ship no v_proj: v is the k projection, taken before k_norm and RoPE.
+        v = self.v_proj(x).reshape(kv_shape) if self._layer.has_v_proj else k
+        q = self._rope(q.swapaxes(1, 2), first)  # (B, Nq, T, D)
+        k = self._rope(self.k_norm(k).swapaxes(1, 2), first)  # (B, N, T, D)
+        v = unit_rms(v, self._eps).swapaxes(1, 2)
+        keys, values = cache.append(k, v) if append else cache.joined(k, v)  # (B, N, P + T, D)
+        # q_norm and k_norm set the scale of the scores, so there is no 1 / sqrt(D).
+        out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=1.0, mask=mask)
+        return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))

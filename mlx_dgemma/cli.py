@@ -1,0 +1,150 @@
+"""The command line of `python -m mlx_dgemma.generate`: options, the chat loop, exit codes.
+
+Answer on stdout, progress and the final line on stderr. Exit codes: 0 done, 1 a bad input (one `error:` line),
+2 wrong usage, 130 Ctrl-C.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+from .config import GenerationConfig
+from .errors import DgemmaError
+from .events import Done
+from .view import View, human_bytes
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = parse(argv)
+    try:
+        return run(options)
+    except DgemmaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout went away, as in `… | head`
+        sys.stderr.close()
+        return 1
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_dgemma.generate", description="Answer a prompt with DiffusionGemma on MLX."
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="model folder (Hugging Face or MLX layout) or hub repo id")
+    add("--prompt", help="the prompt; - reads standard input")
+    add("--system", help="system prompt")
+    add("--thinking", action="store_true", help="let the model think first; the thought goes to stderr")
+    add("--chat", action="store_true", help="a conversation: one prompt per line, an empty line or Ctrl-D ends it")
+    add("--seed", type=int, default=0, help="same seed, same text (default 0)")
+    add("--max-tokens", type=int, metavar="N", help="most tokens to generate (default: the checkpoint's, or 256)")
+    add("--steps", type=int, metavar="N", help="most denoising steps per block")
+    add("--t-min", type=float, metavar="T", help="temperature towards the last step")
+    add("--t-max", type=float, metavar="T", help="temperature of the first step")
+    add("--entropy-bound", type=float, metavar="NATS", help="entropy that one step's accepted tokens may add up to")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="activations (default: bfloat16 on a GPU)")
+    add("--image", metavar="FILE", help="not supported yet")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    options = parser.parse_args(argv)
+    if options.chat and options.json:
+        parser.error("--chat and --json exclude each other")
+    if options.prompt is None and not options.chat:
+        parser.error("give --prompt TEXT, --prompt - for standard input, or --chat")
+    return options
+
+
+def run(options) -> int:
+    if options.image:
+        raise DgemmaError(f"--image {options.image}: image input is not supported yet; give text only")
+    import mlx.core as mx
+
+    from .api import make_session
+    from .loading import load
+
+    began = time.perf_counter()
+    # Settings are checked before the weights are read, so that a wrong one costs nothing.
+    settings_of(GenerationConfig(), options)
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if prompt is not None and not prompt.strip():
+        raise DgemmaError("the prompt is empty; give some text with --prompt, or on standard input with --prompt -")
+    model, tokenizer = load(options.model, getattr(mx, options.dtype) if options.dtype else None)
+    settings = settings_of(model.generation_config, options)
+    if not options.json:
+        loaded = human_bytes(mx.get_active_memory())
+        print(f"loaded {loaded} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    session = make_session(model, tokenizer)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    if options.chat:
+        return chat(session, tokenizer, settings, options, messages, prompt)
+    messages.append({"role": "user", "content": prompt})
+    done = answer(session, tokenizer, settings, options, messages)
+    if options.json:
+        print(json.dumps(report(done, settings, options, tokenizer), ensure_ascii=False))
+    return 0
+
+
+def settings_of(base: GenerationConfig, options) -> GenerationConfig:
+    """The checkpoint's defaults, changed by the command line."""
+    return base.replace(
+        max_new_tokens=options.max_tokens,
+        max_denoising_steps=options.steps,
+        t_min=options.t_min,
+        t_max=options.t_max,
+        entropy_bound=options.entropy_bound,
+    )
+
+
+def answer(session, tokenizer, settings, options, messages) -> Done:
+    """One answer, shown as it comes."""
+    with View(tokenizer, settings, quiet=options.json) as view:
+        for event in session.stream([messages], settings, options.seed, options.thinking):
+            view.draw(event)
+        thought = tokenizer.reply(event.tokens[0]).thought
+        if not options.json:
+            if thought:
+                view.note(f"thought: {thought}")
+            if not event.stopped[0]:
+                view.note(f"stopped at --max-tokens {settings.max_new_tokens}, before the answer's end")
+            view.final_line(event.stats, options.seed)
+    return event
+
+
+def chat(session, tokenizer, settings, options, messages, first) -> int:
+    """Prompts from standard input, one per line, until an empty line or the end."""
+    prompt = first
+    while True:
+        if prompt is None:
+            print("> ", end="", file=sys.stderr, flush=True)
+            prompt = sys.stdin.readline().strip()
+        if not prompt:
+            return 0
+        messages.append({"role": "user", "content": prompt})
+        done = answer(session, tokenizer, settings, options, messages)
+        messages.append({"role": "assistant", "content": done.text})
+        prompt = None
+
+
+def report(done: Done, settings: GenerationConfig, options, tokenizer) -> dict:
+    """What --json prints."""
+    stats = dataclasses.asdict(done.stats)
+    stats |= {
+        "tokens_per_forward": round(done.stats.tokens_per_forward, 3),
+        "tokens_per_second": round(done.stats.tokens_per_second, 3),
+    }
+    reply = tokenizer.reply(done.tokens[0])
+    return {
+        "text": reply.text,
+        "thought": reply.thought,
+        "tokens": done.tokens[0],
+        "stopped": done.stopped[0],
+        "seed": options.seed,
+        "model": options.model,
+        "settings": dataclasses.asdict(settings),
+        "stats": stats,
+    }

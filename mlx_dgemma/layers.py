@@ -1,0 +1,66 @@
+"""Norms, rotary positions and the gated MLP: the parts that know nothing of attention or experts.
+
+Shapes   B rows, T tokens, N heads, D head_dim, H hidden, I dense MLP
+Source   transformers 5.23.0, modeling_diffusion_gemma.py
+Differs  cos and sin stay float32 for bfloat16 models (transformers rounds them to the model's type)
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import LayerConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) × weight, in float32. The weight is used as stored: no + 1 as in earlier Gemma models."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = mx.ones((size,))
+        self._eps = eps
+
+    def __call__(self, x):
+        return mx.fast.rms_norm(x, self.weight, self._eps)
+
+
+def unit_rms(x, eps):
+    """RMSNorm without a weight."""
+    return mx.fast.rms_norm(x, None, eps)
+
+
+class Rope:
+    """Rotary positions over (B, N, T, D): pair i is (x[i], x[i + D/2]).
+
+    Full layers rotate only the first `rotated_pairs` ("proportional" RoPE): the exponent's denominator is the whole
+    head_dim and the other pairs keep frequency 0, an infinite wavelength.
+    """
+
+    def __init__(self, layer: LayerConfig):
+        pair = mx.arange(layer.head_dim // 2)
+        wavelength = layer.rope_theta ** (2 * pair / layer.head_dim)
+        self.wavelength = mx.where(pair < layer.rotated_pairs, wavelength, mx.inf)  # (D/2,)
+        self.head_dim = layer.head_dim
+
+    def __call__(self, x, first):
+        """`first` is the position of x[:, :, 0]: a number, or (B,) with one per row."""
+        return mx.fast.rope(
+            x, self.head_dim, traditional=False, base=None, scale=1.0, offset=first, freqs=self.wavelength
+        )
+
+
+def geglu(gate, up):
+    """Tanh-approximated GELU of the gate, times up."""
+    return nn.gelu_approx(gate) * up
+
+
+class MLP(nn.Module):
+    """(…, H) → (…, H)"""
+
+    def __init__(self, hidden: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def __call__(self, x):
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))

@@ -1,0 +1,108 @@
+"""A model folder → model and tokenizer. Reads Hugging Face checkpoints and MLX folders alike.
+
+Source   the MLX layout of mlx-vlm 0.7.10 and mlx-community: `X.weight` (packed), `X.scales`, `X.biases`
+Differs  a module is quantized where the file holds its scales, and the file's shapes say how; config.json's
+         "quantization" block is not consulted, because published folders disagree with it
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .config import ModelConfig, read_config, read_generation_config
+from .errors import DgemmaError
+from .hub import model_folder
+from .model import DiffusionGemma
+from .shards import StoredTensor, stored_tensors
+from .tensors import check_coverage, check_shape, text_tensors
+from .tokenizer import Tokenizer
+
+# How a quantized module without biases is stored: (bits, group size) → MLX's mode.
+MODES_WITHOUT_BIASES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
+
+
+class Quantization(NamedTuple):
+    group_size: int
+    bits: int
+    mode: str
+
+
+def load(path_or_repo, dtype=None) -> tuple[DiffusionGemma, Tokenizer]:
+    """Load a model and its tokenizer from a folder or a hub repo id.
+
+    dtype: the activations' type; None means bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slow.
+    Raises DgemmaError for a folder that is not a complete DiffusionGemma checkpoint.
+    """
+    folder = model_folder(path_or_repo)
+    config = read_config(folder)
+    tokenizer = Tokenizer(folder, config)
+    return load_model(folder, config, dtype), tokenizer
+
+
+def load_model(folder: Path, config: ModelConfig, dtype=None) -> DiffusionGemma:
+    """The model alone."""
+    dtype = dtype or (mx.bfloat16 if mx.default_device().type == mx.gpu else mx.float32)
+    stored = stored_tensors(folder)
+    quantized = check_weights(stored, config, folder)
+    model = DiffusionGemma(config, dtype, read_generation_config(folder))
+    nn.quantize(model, class_predicate=lambda path, _: path in quantized and quantized[path]._asdict())
+    weights = []
+    for file in sorted({entry.file for entry in stored.values()}):
+        try:
+            arrays = mx.load(str(file))
+        except RuntimeError as error:
+            raise DgemmaError(f"{file}: cannot be read ({error}); download it again") from None
+        weights += [(name, array) for name, array in arrays.items() if stored[name].file == file]
+    wanted = {name for name, _ in nn.utils.tree_flatten(model.parameters())}
+    names = {tensor.hf: tensor.mlx for tensor in text_tensors(config)}
+    renamed = [(names.get(name, name), array) for name, array in weights]
+    model.load_weights([(name, _cast(array, dtype)) for name, array in renamed if name in wanted])
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def check_weights(stored: dict[str, StoredTensor], config: ModelConfig, where: Path) -> dict[str, Quantization]:
+    """Compare stored names and shapes with what config.json implies; returns the quantized modules by path.
+
+    Raises DgemmaError that names the tensor.
+    """
+    quantized = {}
+    wanted = set()
+    for tensor in text_tensors(config):
+        # Experts carry ".weight" in MLX folders and none in Hugging Face checkpoints.
+        name = tensor.mlx if tensor.mlx in stored else tensor.hf
+        wanted.add(name)
+        module = tensor.mlx.removesuffix(".weight")
+        if module + ".scales" in stored and name in stored:
+            quantized[module] = _quantization(stored, name, module, tensor.shape, where)
+            wanted |= {key for key in (module + ".scales", module + ".biases") if key in stored}
+        elif name in stored:
+            check_shape(name, stored[name].shape, tensor.shape, str(where))
+    check_coverage(stored, wanted, str(where))
+    return quantized
+
+
+def _quantization(stored, name, module, shape, where):
+    """Bits, group size and mode of one module, from the shapes of its packed weight and its scales."""
+    packed, scales = stored[name], stored[module + ".scales"]
+    fits = packed.dtype == "U32" and len(packed.shape) == len(scales.shape) == len(shape)
+    if fits and packed.shape[:-1] == scales.shape[:-1] == shape[:-1] and packed.shape[-1] and scales.shape[-1]:
+        bits, rest = divmod(packed.shape[-1] * 32, shape[-1])
+        group_size, group_rest = divmod(shape[-1], scales.shape[-1])
+        has_biases = module + ".biases" in stored
+        mode = "affine" if has_biases else MODES_WITHOUT_BIASES.get((bits, group_size))
+        if mode and not rest and not group_rest:
+            if has_biases:
+                check_shape(module + ".biases", stored[module + ".biases"].shape, scales.shape, str(where))
+            return Quantization(group_size, bits, mode)
+    raise DgemmaError(
+        f"{where}: {name} has shape {packed.shape} and scales {scales.shape}, which no quantization of "
+        f"{shape} gives; convert the checkpoint again"
+    )
+
+
+def _cast(array, dtype):
+    """Floating arrays take the activations' type; packed weights and the 8-bit scales of the mx modes stay."""
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

@@ -1,0 +1,206 @@
+"""DiffusionGemma in MLX: one weight set, run as a causal encoder and as a bidirectional canvas decoder.
+
+Shapes   B rows, T tokens, C canvas slots, H hidden, V vocabulary
+Source   transformers 5.23.0, modeling_diffusion_gemma.py; parameter names are those of the checkpoint
+Differs  text only. Encoder and decoder are one stack of layers; only `layer_scalar` differs between the passes.
+
+Use `mlx_dgemma.load`; then `encode` the prompt into a cache and `denoise` canvases against it.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .attention import Attention
+from .cache import PrefixCache
+from .config import GenerationConfig, LayerConfig, ModelConfig
+from .layers import MLP, RMSNorm, geglu, unit_rms
+from .masks import canvas_mask, encoder_mask
+from .moe import Experts, Router
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: LayerConfig):
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.mlp = MLP(hidden, config.intermediate_size)
+        self.post_feedforward_layernorm_1 = RMSNorm(hidden, eps)
+        self.router = Router(config)
+        self.pre_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+        self.experts = Experts(config)
+        self.post_feedforward_layernorm_2 = RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = RMSNorm(hidden, eps)
+        self.layer_scalar = mx.ones((1,))  # the decoder's; the encoder keeps its own
+
+    def __call__(self, x, scalar, cache, first, mask, append):
+        """x (B, T, H) → (B, T, H)"""
+        attended = self.self_attn(self.input_layernorm(x), cache, first, mask, append)
+        x = x + self.post_attention_layernorm(attended)
+        dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
+        flat = x.reshape(-1, x.shape[-1])  # (B·T, H)
+        chosen = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
+        mixed = self.post_feedforward_layernorm_2(chosen).reshape(x.shape)
+        return (x + self.post_feedforward_layernorm(dense + mixed)) * scalar
+
+
+class SelfConditioning(nn.Module):
+    """Adds what the previous step believed, as a soft embedding, to the canvas embedding."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.pre_norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self._eps = config.rms_norm_eps
+
+    def __call__(self, x, soft):
+        """x and soft (B, C, H) → (B, C, H)"""
+        h = self.pre_norm(soft)
+        return unit_rms(x + self.down_proj(geglu(self.gate_proj(h), self.up_proj(h))), self._eps)
+
+
+class Decoder(nn.Module):
+    """Everything stored under model.decoder: the weights of both passes."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.self_conditioning = SelfConditioning(config)
+        self.layers = [Layer(config, layer) for layer in config.layers]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class EncoderScalar(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer_scalar = mx.ones((1,))
+
+
+class Encoder(nn.Module):
+    """What the checkpoint stores for the encoder alone: one scalar per layer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.language_model = nn.Module()
+        self.language_model.layers = [EncoderScalar() for _ in config.layers]
+
+
+class DiffusionGemma(nn.Module):
+    """The text model. `dtype` is the type activations have; logits are float32 always.
+
+    `generation_config` holds the checkpoint's sampler defaults.
+    """
+
+    def __init__(self, config: ModelConfig, dtype=mx.float32, generation_config: GenerationConfig | None = None):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.decoder = Decoder(config)
+        self.model.encoder = Encoder(config)
+        self._config, self._dtype = config, dtype
+        self._generation_config = generation_config or GenerationConfig()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self._generation_config
+
+    @property
+    def dtype(self):
+        return self._dtype
+
+    def make_cache(self) -> PrefixCache:
+        """An empty prefix."""
+        return PrefixCache(self._config)
+
+    def encode(self, tokens, cache: PrefixCache, padding=None):
+        """Append tokens to the prefix: causal, sliding layers within their window.
+
+        tokens (B, T) int32. padding (B,) int32 counts the pad tokens at the left of each row; give it with the first
+        tokens of a batch only. Returns the final hidden states (B, T, H). Long prompts may come in several calls.
+        """
+        T = tokens.shape[1]
+        if padding is not None:
+            if cache.length:
+                raise ValueError(f"padding comes with the first tokens, but {cache.length} are encoded already")
+            cache.padding = padding
+        scalars = [layer.layer_scalar for layer in self.model.encoder.language_model.layers]
+        queries = mx.arange(cache.length, cache.length + T)
+
+        def mask(stored, window):
+            keys = mx.arange(cache.length - stored, cache.length + T)
+            return encoder_mask(queries, keys, window, cache.padding)
+
+        hidden = self._run(self._embed(tokens), cache, scalars, mask, append=True)
+        cache.length += T
+        return hidden
+
+    def denoise(self, canvas, cache: PrefixCache, self_conditioning_logits=None):
+        """One step: every canvas slot sees the prefix and the whole canvas. The cache is left as it is.
+
+        canvas (B, C) int32. self_conditioning_logits (B, C, V): the previous step's *processed* logits (softcapped
+        and divided by its temperature); None at a block's first step. Returns softcapped logits (B, C, V) float32.
+        """
+        return self.logits(self.denoise_hidden(canvas, cache, self_conditioning_logits))
+
+    def denoise_hidden(self, canvas, cache: PrefixCache, self_conditioning_logits=None):
+        """`denoise` without the vocabulary product: final hidden states (B, C, H)."""
+        x = self._embed(canvas)
+        soft = mx.zeros_like(x) if self_conditioning_logits is None else self.soft_embedding(self_conditioning_logits)
+        x = self.model.decoder.self_conditioning(x, soft)
+        scalars = [layer.layer_scalar for layer in self.model.decoder.layers]
+        C = canvas.shape[1]
+
+        def mask(stored, window):
+            return canvas_mask(mx.arange(cache.length - stored, cache.length + C), cache.padding)
+
+        return self._run(x, cache, scalars, mask, append=False)
+
+    def logits(self, hidden):
+        """hidden (B, C, H) → softcapped logits (B, C, V), float32"""
+        cap = self._config.final_logit_softcapping
+        return cap * mx.tanh(self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32) / cap)
+
+    def soft_embedding(self, logits):
+        """softmax(logits) @ E × √H: (B, C, V) → (B, C, H)"""
+        p = mx.softmax(logits.astype(mx.float32), axis=-1).astype(self._dtype)
+        table = self.model.decoder.embed_tokens
+        if isinstance(table, nn.QuantizedEmbedding):
+            soft = mx.quantized_matmul(
+                p,
+                table["weight"],
+                table["scales"],
+                table.get("biases"),
+                transpose=False,
+                group_size=table.group_size,
+                bits=table.bits,
+                mode=table.mode,
+            )
+        else:
+            soft = p @ table.weight
+        return soft * self._embedding_scale
+
+    @property
+    def _embedding_scale(self):
+        # Rounded to the activations' type, as transformers rounds it to the weights'.
+        return mx.array(self._config.hidden_size**0.5, self._dtype)
+
+    def _embed(self, tokens):
+        return self.model.decoder.embed_tokens(tokens).astype(self._dtype) * self._embedding_scale
+
+    def _run(self, x, cache, scalars, mask, append):
+        """The layer stack. `mask(stored keys, window)` makes a mask; layers of a kind share one."""
+        first = cache.length if cache.padding is None else cache.length - cache.padding
+        masks = {}
+        for layer, scalar, kept in zip(self.model.decoder.layers, scalars, cache.layers, strict=True):
+            if kept.window not in masks:
+                masks[kept.window] = mask(len(kept), kept.window)
+            x = layer(x, scalar, kept, first, masks[kept.window], append)
+        return self.model.decoder.norm(x)

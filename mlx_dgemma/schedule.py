@@ -1,0 +1,52 @@
+"""Temperature schedules and stop rules: small objects given to the block loop, which stays as it is.
+
+Shapes   B rows, C canvas slots; numpy
+Source   transformers 5.23.0, LinearTemperatureScheduleLogitsProcessor and StableAndConfidentStoppingCriteria
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .config import GenerationConfig
+
+
+class LinearAnneal(NamedTuple):
+    """From t_max down towards t_min. Step n of N (N first, 1 last) has temperature t_min + (t_max - t_min) · n / N."""
+
+    t_min: float
+    t_max: float
+    n_steps: int
+
+    def __call__(self, step: int) -> float:
+        """`step` counts from 0."""
+        return self.t_min + (self.t_max - self.t_min) * ((self.n_steps - step) / self.n_steps)
+
+
+class StableAndConfident:
+    """A row stops once its draft repeated `stability` times and its mean entropy is below `confidence` nats.
+
+    stability = k means k + 1 equal drafts in a row; 0 asks for confidence alone. One object serves one block.
+    """
+
+    def __init__(self, stability: int, confidence: float):
+        self.stability, self.confidence = stability, confidence
+        self.drafts: list[np.ndarray] = []
+
+    def __call__(self, draft: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+        """draft (B, C), entropy (B, C) → which rows may stop (B,)"""
+        confident = entropy.mean(axis=-1, dtype=np.float32) < self.confidence
+        if self.stability == 0:
+            return confident
+        enough = len(self.drafts) == self.stability
+        stable = np.all([(old == draft).all(axis=-1) for old in self.drafts], axis=0) & enough
+        self.drafts = [*self.drafts, draft][-self.stability :]
+        return stable & confident
+
+
+def default_schedule(config: GenerationConfig) -> LinearAnneal:
+    return LinearAnneal(config.t_min, config.t_max, config.max_denoising_steps)
+
+
+def default_stop_rule(config: GenerationConfig) -> StableAndConfident:
+    return StableAndConfident(config.stability_threshold, config.confidence_threshold)

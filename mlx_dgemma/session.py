@@ -1,0 +1,136 @@
+"""From conversations to text: template, prefill, block loop, and the prefix kept for the next turn.
+
+Shapes   B conversations, T tokens of the longest prompt
+Differs  transformers re-encodes a whole conversation each turn; here the part that the template renders the same
+         again stays encoded
+
+Knows no engine, like denoise.py.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from .config import GenerationConfig, ModelConfig
+from .denoise import Engine, denoise_blocks
+from .errors import DgemmaError
+from .events import BlockDone, Done, Stats, StepDone
+from .noise import NoiseStream
+from .tokenizer import Tokenizer
+
+
+class Session:
+    """One loaded model, many generations.
+
+    make_engine: returns an engine with an empty prefix. The engine also has `copy()` (the same prefix again),
+    `cache_bytes` and `peak_memory()`.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], config: ModelConfig, tokenizer: Tokenizer):
+        self._make_engine, self._config, self._tokenizer = make_engine, config, tokenizer
+        self._kept: tuple[list[int], Engine] | None = None  # tokens of a prefix and an engine that holds it
+
+    def stream(
+        self,
+        conversations: list[list[dict]],
+        settings: GenerationConfig,
+        seed: int = 0,
+        thinking: bool = False,
+        rows: list[int] | None = None,
+    ) -> Iterator[StepDone | BlockDone | Done]:
+        """Answer each conversation (a list of messages). rows: noise row ids, 0, 1, … by default.
+
+        Raises DgemmaError for an empty prompt or one that does not fit the context.
+        """
+        began = time.perf_counter()
+        prompts = [self._tokenizer.chat(messages, thinking) for messages in conversations]
+        for prompt in prompts:
+            self._check_context(len(prompt), settings.max_new_tokens)
+        if len(prompts) == 1:
+            again = self._tokenizer.chat(conversations[0], thinking, reply_next=False)
+            engine, reused = self._prefill_one(prompts[0], _common_length(prompts[0], again))
+        else:
+            engine, reused = self._make_engine(), 0
+            engine.prefill(*left_padded(prompts, settings.pad_token_id))
+        prefill_seconds = time.perf_counter() - began
+
+        rows = list(range(len(prompts))) if rows is None else rows
+        blocks, first_block = [], 0.0
+        for event in denoise_blocks(engine, settings, NoiseStream(seed), rows):
+            if isinstance(event, BlockDone):
+                blocks.append(event)
+                first_block = first_block or prefill_seconds + event.seconds
+            yield event
+
+        tokens, stopped = collect(np.concatenate([b.tokens for b in blocks], axis=1), settings)
+        stats = Stats(
+            prompt_tokens=sum(map(len, prompts)),
+            reused_tokens=reused,
+            tokens=sum(map(len, tokens)),
+            blocks=len(blocks),
+            steps=int(sum(b.steps.sum() for b in blocks)),
+            seconds=time.perf_counter() - began,
+            seconds_to_first_block=first_block,
+            peak_memory=engine.peak_memory(),
+            cache_bytes=engine.cache_bytes,
+        )
+        answers = [row[:-1] if stop else row for row, stop in zip(tokens, stopped, strict=True)]
+        yield Done([self._tokenizer.reply(row).text for row in answers], answers, stopped, stats)
+
+    def _prefill_one(self, prompt, stable):
+        """An engine whose prefix is `prompt`, and how many tokens of it were encoded before.
+
+        The first `stable` tokens are kept: they come again in the conversation's next turn.
+        """
+        engine, reused = None, 0
+        if self._kept is not None:
+            tokens, kept = self._kept
+            if tokens == prompt[: len(tokens)] and len(tokens) < len(prompt):
+                engine, reused = kept.copy(), len(tokens)
+        engine = engine or self._make_engine()
+        if stable > reused:
+            engine.prefill(np.array([prompt[reused:stable]], np.int32))
+            self._kept = prompt[:stable], engine.copy()
+        start = max(stable, reused)
+        if start < len(prompt):
+            engine.prefill(np.array([prompt[start:]], np.int32))
+        return engine, reused
+
+    def _check_context(self, n_prompt, n_new):
+        limit = self._config.max_position_embeddings
+        C = self._config.canvas_length
+        needed = n_prompt + -(-n_new // C) * C
+        if needed > limit:
+            raise DgemmaError(
+                f"the prompt has {n_prompt} tokens and {n_new} new ones were asked for, in whole canvases of {C}: "
+                f"{needed} in all. The model's context is {limit}; shorten the prompt or ask for fewer"
+            )
+
+
+def left_padded(prompts: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of unequal length as one array: tokens (B, T) int32 and pad counts (B,) int32."""
+    T = max(map(len, prompts))
+    padding = np.array([T - len(prompt) for prompt in prompts], np.int32)
+    tokens = [[pad_id] * int(n) + prompt for n, prompt in zip(padding, prompts, strict=True)]
+    return np.array(tokens, np.int32), padding
+
+
+def collect(tokens: np.ndarray, settings: GenerationConfig) -> tuple[list[list[int]], list[bool]]:
+    """Each row up to its first stop id, that id included, and at most max_new_tokens; and whether it stopped.
+
+    tokens (B, n) are the blocks of close_canvas, one after the other.
+    """
+    kept, stopped = [], []
+    for row in tokens[:, : settings.max_new_tokens]:
+        at = np.flatnonzero(np.isin(row, settings.stop_token_ids))
+        kept.append(row[: at[0] + 1].tolist() if at.size else row.tolist())
+        stopped.append(bool(at.size))
+    return kept, stopped
+
+
+def _common_length(a, b):
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

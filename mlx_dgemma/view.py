@@ -1,0 +1,133 @@
+"""Draws events: the canvas as it resolves on a terminal, finished text everywhere else.
+
+All terminal codes of this package live here. Text goes to stdout, everything else to stderr.
+
+On a terminal, settled tokens are plain, tokens about to be renoised are dim, and tokens that changed since the last
+step are coloured. Without a terminal, each block's text is written as soon as the block is done.
+"""
+
+import sys
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from .config import GenerationConfig
+from .events import BlockDone, Done, Stats, StepDone
+from .tokenizer import Tokenizer
+
+CHANGED, UNSETTLED, HIDDEN = "cyan", "dim", "dim italic"
+
+
+class View:
+    """Shows one generation of one row. Use as a context manager: leaving it restores the terminal, also on Ctrl-C."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: GenerationConfig, live: bool | None = None, quiet: bool = False):
+        """live: draw the canvas; None means where stdout and stderr are terminals. quiet: no text, no canvas."""
+        self._tokenizer, self._stop = tokenizer, set(settings.stop_token_ids)
+        self._max_tokens = settings.max_new_tokens
+        self._console = Console(stderr=True)
+        terminal = self._console.is_terminal and sys.stdout.isatty()
+        self._is_live = not quiet and (terminal if live is None else live)
+        self._quiet = quiet
+        self._live: Live | None = None
+        self._tokens: list[int] = []  # of finished blocks
+        self._written = 0  # characters of the answer on stdout
+        self._last_draft: list[int] = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._clear()
+
+    def draw(self, event) -> None:
+        match event:
+            case StepDone() if self._is_live:
+                self._draw_step(event)
+            case BlockDone(tokens=tokens):
+                self._clear()
+                self._tokens = [*self._tokens, *self._until_stop(tokens[0].tolist())][: self._max_tokens]
+                self._last_draft = []
+                if not self._quiet:
+                    self._write(final=False)
+            case Done(tokens=tokens):
+                self._clear()
+                self._tokens = tokens[0]
+                if not self._quiet:
+                    self._write(final=True)
+
+    def note(self, text: str) -> None:
+        """A remark on stderr."""
+        self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
+
+    def final_line(self, stats: Stats, seed: int) -> None:
+        """The last line on stderr: what the generation cost."""
+        self._console.print(
+            f"{stats.blocks} block{'s' * (stats.blocks != 1)}, {stats.steps} steps, {stats.tokens} tokens, "
+            f"{stats.tokens_per_forward:.1f} tokens per forward | {stats.tokens_per_second:.1f} tok/s, "
+            f"first block after {stats.seconds_to_first_block:.2f} s | "
+            f"peak {human_bytes(stats.peak_memory)}, cache {human_bytes(stats.cache_bytes)} | seed {seed}",
+            style="dim",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _draw_step(self, event: StepDone):
+        if self._live is None:
+            # Transient: the canvas leaves no trace once its text is final.
+            self._live = Live(console=self._console, transient=True, auto_refresh=False, vertical_overflow="crop")
+            self._live.start()
+        draft, accepted = event.draft[0].tolist(), event.accepted[0].tolist()
+        text = Text(self._unfinished_line())
+        end = next((i for i, token in enumerate(draft) if token in self._stop), len(draft))
+        before = self._last_draft or draft
+        for i, piece in enumerate(self._tokenizer.pieces(draft)):
+            if i >= end:
+                text.append("·", HIDDEN)
+            elif not accepted[i]:
+                text.append(printable(piece) or "·", UNSETTLED)
+            else:
+                text.append(printable(piece), CHANGED if before[i] != draft[i] else "")
+        text.append(f"\nblock {event.block + 1}, step {event.step + 1}", "dim")
+        self._last_draft = draft
+        self._live.update(text, refresh=True)
+
+    def _write(self, final):
+        """Write what is new of the answer. Before the end, an unfinished character is held back; with a live canvas
+        so is the unfinished line, which the canvas shows."""
+        answer = self._tokenizer.reply(self._tokens).text
+        if not final:
+            answer = answer.rstrip("\ufffd")
+            if self._is_live:
+                answer = answer[: answer.rfind("\n") + 1]
+        new = answer[self._written :]
+        self._written += len(new)
+        sys.stdout.write((printable(new) if sys.stdout.isatty() else new) + ("\n" if final else ""))
+        sys.stdout.flush()
+
+    def _unfinished_line(self):
+        return printable(self._tokenizer.reply(self._tokens).text[self._written :])
+
+    def _until_stop(self, tokens):
+        end = next((i for i, token in enumerate(tokens) if token in self._stop), len(tokens))
+        return tokens[:end]
+
+    def _clear(self):
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def printable(text: str) -> str:
+    """Generated text without control characters, which a terminal would obey; newlines and tabs stay."""
+    return "".join(c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t" else "·" for c in text)
+
+
+def human_bytes(n: float) -> str:
+    """1234567 → "1.2 MB"."""
+    for unit in ("bytes", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"
