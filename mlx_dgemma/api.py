@@ -10,9 +10,9 @@ from .session import Session
 from .tokenizer import Tokenizer
 
 
-def make_session(model: DiffusionGemma, tokenizer: Tokenizer) -> Session:
-    """A session on MLX; keep it for a chat, so that its prefix is encoded once."""
-    return Session(lambda: MlxEngine(model), model.config, tokenizer)
+def make_session(model: DiffusionGemma, tokenizer: Tokenizer, keep_prefix: bool = False) -> Session:
+    """A session on MLX. keep_prefix is for a chat: what stays the same from turn to turn is encoded once."""
+    return Session(lambda: MlxEngine(model), model.config, tokenizer, keep_prefix)
 
 
 def stream(

@@ -78,7 +78,7 @@ def run(options) -> int:
     if not options.json:
         loaded = human_bytes(mx.get_active_memory())
         print(f"loaded {loaded} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    session = make_session(model, tokenizer)
+    session = make_session(model, tokenizer, keep_prefix=options.chat)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     if options.chat:
         return chat(session, tokenizer, settings, options, messages, prompt)

@@ -41,7 +41,12 @@ class ExpertLinear(nn.Module):
 
     def __call__(self, x, experts):
         """x (M, 1, in), experts (M,) in ascending order → (M, 1, out)"""
-        return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=True)
+        weight = self.weight.swapaxes(-1, -2)
+        if mx.default_device().type == mx.cpu and x.dtype != mx.float32:
+            # MLX's CPU backend gathers matrices in float32 only.
+            out = mx.gather_mm(x.astype(mx.float32), weight.astype(mx.float32), None, experts, sorted_indices=True)
+            return out.astype(x.dtype)
+        return mx.gather_mm(x, weight, rhs_indices=experts, sorted_indices=True)
 
     def to_quantized(self, group_size: int, bits: int, mode: str, quantize_input: bool = False):
         del quantize_input  # nn.quantize passes it to every layer

@@ -23,12 +23,13 @@ from .tokenizer import Tokenizer
 class Session:
     """One loaded model, many generations.
 
-    make_engine: returns an engine with an empty prefix. The engine also has `copy()` (the same prefix again),
-    `cache_bytes` and `peak_memory()`.
+    make_engine: returns an engine with an empty prefix. The engine also has `prefill`, `copy()` (the same prefix
+    again), `cache_bytes` and `peak_memory()`. keep_prefix: hold on to a conversation's prefix for its next turn.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine], config: ModelConfig, tokenizer: Tokenizer):
+    def __init__(self, make_engine: Callable[[], Engine], config: ModelConfig, tokenizer: Tokenizer, keep_prefix=False):
         self._make_engine, self._config, self._tokenizer = make_engine, config, tokenizer
+        self._keep_prefix = keep_prefix
         self._kept: tuple[list[int], Engine] | None = None  # tokens of a prefix and an engine that holds it
 
     def stream(
@@ -47,9 +48,9 @@ class Session:
         prompts = [self._tokenizer.chat(messages, thinking) for messages in conversations]
         for prompt in prompts:
             self._check_context(len(prompt), settings.max_new_tokens)
-        if len(prompts) == 1:
+        if self._keep_prefix and len(prompts) == 1:
             again = self._tokenizer.chat(conversations[0], thinking, reply_next=False)
-            engine, reused = self._prefill_one(prompts[0], _common_length(prompts[0], again))
+            engine, reused = self._prefill_turn(prompts[0], _common_length(prompts[0], again))
         else:
             engine, reused = self._make_engine(), 0
             engine.prefill(*left_padded(prompts, settings.pad_token_id))
@@ -78,7 +79,7 @@ class Session:
         answers = [row[:-1] if stop else row for row, stop in zip(tokens, stopped, strict=True)]
         yield Done([self._tokenizer.reply(row).text for row in answers], answers, stopped, stats)
 
-    def _prefill_one(self, prompt, stable):
+    def _prefill_turn(self, prompt, stable):
         """An engine whose prefix is `prompt`, and how many tokens of it were encoded before.
 
         The first `stable` tokens are kept: they come again in the conversation's next turn.

@@ -1,0 +1,184 @@
+"""Text end to end on the tiny checkpoint: API, chat, command line, live view."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import mlx_dgemma
+from mlx_dgemma.api import conversations, is_batch, make_session
+from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.view import human_bytes, printable
+
+GENERATE = [sys.executable, "-m", "mlx_dgemma.generate"]
+
+
+def run(*arguments, stdin=""):
+    return subprocess.run([*GENERATE, *map(str, arguments)], input=stdin, capture_output=True, text=True, timeout=120)
+
+
+def test_the_same_seed_gives_the_same_text(tiny_model):
+    texts = [mlx_dgemma.generate(*tiny_model, "the sand", seed=seed, max_tokens=32) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_batch_row_is_the_row_alone(tiny_model):
+    model, tokenizer = tiny_model
+    prompts = ["the sand", "and the rest of a longer one", "on"]
+    config = model.generation_config.replace(max_new_tokens=32)
+    *_, batch = mlx_dgemma.stream(model, tokenizer, prompts, config, seed=3)
+    for row, prompt in enumerate(prompts):
+        *_, alone = mlx_dgemma.stream(model, tokenizer, prompt, config, seed=3, rows=[row])
+        assert batch.tokens[row] == alone.tokens[0], f"row {row}"
+
+
+def test_events_and_stats_agree(tiny_model):
+    model, tokenizer = tiny_model
+    config = model.generation_config.replace(max_new_tokens=40)
+    events = list(mlx_dgemma.stream(model, tokenizer, "the sand", config))
+    steps = [e for e in events if isinstance(e, mlx_dgemma.StepDone)]
+    blocks = [e for e in events if isinstance(e, mlx_dgemma.BlockDone)]
+    done = events[-1]
+    assert done.stats.steps == len(steps) == sum(int(b.steps.sum()) for b in blocks)
+    assert done.stats.blocks == len(blocks) == 3
+    assert len(done.tokens[0]) == done.stats.tokens == 40 and not done.stopped[0]
+    assert done.tokens[0] == np.concatenate([b.tokens for b in blocks], axis=1)[0, :40].tolist()
+    # What the next step reads: the sampled token where accepted, noise elsewhere.
+    assert all(e.canvas.shape == e.draft.shape == (1, 16) for e in steps)
+    assert 0 < done.stats.seconds_to_first_block < done.stats.seconds
+
+
+def test_prompt_forms():
+    user = {"role": "user", "content": "a"}
+    assert conversations("a") == conversations([user]) == [[user]]
+    assert conversations(["a", [user]]) == [[user], [user]]
+    assert is_batch(["a"]) and not is_batch("a") and not is_batch([user])
+
+
+def test_a_chat_reuses_its_prefix_and_says_the_same(tiny_model):
+    model, tokenizer = tiny_model
+    settings = model.generation_config.replace(max_new_tokens=16)
+    chat, messages, reused = make_session(model, tokenizer, keep_prefix=True), [], []
+    for turn in ("the sand", "and on", "in the end"):
+        messages.append({"role": "user", "content": turn})
+        *_, kept = chat.stream([messages], settings, seed=1)
+        *_, fresh = make_session(model, tokenizer).stream([messages], settings, seed=1)
+        assert kept.tokens == fresh.tokens
+        reused.append(kept.stats.reused_tokens)
+        messages.append({"role": "assistant", "content": "the and"})
+    assert reused[0] == 0 < reused[1] < reused[2]
+    # Another conversation starts afresh.
+    *_, other = chat.stream([[{"role": "user", "content": "on"}]], settings)
+    assert other.stats.reused_tokens == 0
+
+
+def test_a_prompt_longer_than_the_context(tiny_model):
+    with pytest.raises(DgemmaError, match=r"the prompt has \d+ tokens .* context is 4096; shorten"):
+        mlx_dgemma.generate(*tiny_model, "the sand " * 2000)
+
+
+def test_command_line_text_and_json(tiny):
+    options = ["--model", tiny, "--prompt", "the sand", "--max-tokens", 40, "--seed", 1]
+    plain, again, as_json = run(*options), run(*options), run(*options, "--json")
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout == again.stdout
+    report = json.loads(as_json.stdout)
+    # stdout is the text and nothing else; the pieces of a character that never ends are its only freedom
+    assert plain.stdout.replace("\ufffd", "") == report["text"].replace("\ufffd", "") + "\n"
+    assert len(report["tokens"]) == 40 and report["seed"] == 1 and report["stats"]["blocks"] == 3
+    assert "3 blocks, 24 steps, 40 tokens, 1.7 tokens per forward |" in plain.stderr and "seed 1" in plain.stderr
+    assert as_json.stderr == ""
+
+
+def test_command_line_options_reach_the_sampler(tiny):
+    options = ["--steps", 3, "--t-min", 0.1, "--t-max", 0.2, "--entropy-bound", 0.5, "--max-tokens", 16]
+    result = run("--model", tiny, "--prompt", "-", "--json", *options, stdin="the sand\n")
+    settings = json.loads(result.stdout)["settings"]
+    assert (settings["max_denoising_steps"], settings["t_min"], settings["t_max"]) == (3, 0.1, 0.2)
+    assert settings["entropy_bound"] == 0.5 and json.loads(result.stdout)["stats"]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "  "], "error: the prompt is empty"),
+        (["--prompt", "a", "--steps", "0"], "error: max_denoising_steps is 0, expected a whole number"),
+        (["--prompt", "a", "--t-min", "2"], "error: t_min is 2.0 and t_max 0.8, expected t_min <= t_max"),
+        (["--prompt", "a", "--image", "x.png"], "error: --image x.png: image input is not supported yet"),
+        (["--prompt", "a <|foo|>"], "error: the prompt holds '<|foo|>'"),
+        (["--prompt", "a", "--max-tokens", "99999"], "error: the prompt has 25 tokens and 99999 new"),
+    ],
+)
+def test_bad_input_is_one_error_line(tiny, options, message):
+    result = run("--model", tiny, *options)
+    assert result.returncode == 1 and result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("loaded")]
+    assert len(errors) == 1 and errors[0].startswith(message), result.stderr
+
+
+def test_wrong_usage_exits_with_2(tiny):
+    assert run("--model", tiny).returncode == 2
+    assert run("--model", tiny, "--prompt", "a", "--seed", "x").returncode == 2
+
+
+def test_chat_on_the_command_line(tiny):
+    result = run("--model", tiny, "--chat", "--max-tokens", 16, stdin="the sand\nand on\n\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("tokens per forward") == 2
+
+
+def on_a_terminal(arguments, interrupt_after=None):
+    """Run with stdout and stderr on a pseudo-terminal; returns (exit code, everything it printed)."""
+    control, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*GENERATE, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+    )
+    os.close(terminal)
+    output = b""
+    while True:
+        try:
+            piece = os.read(control, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        output += piece
+        if interrupt_after and interrupt_after in output:
+            time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            interrupt_after = None
+    os.close(control)
+    return process.wait(timeout=60), output.decode(errors="replace")
+
+
+def test_the_canvas_is_drawn_and_cleared_on_a_terminal(tiny):
+    code, output = on_a_terminal(["--model", tiny, "--prompt", "the sand", "--max-tokens", 32])
+    assert code == 0
+    assert "block 1, step 1" in output and "block 2, step 8" in output
+    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 2  # the cursor comes back after each block
+
+
+def test_ctrl_c_leaves_a_clean_terminal(tiny):
+    arguments = ["--model", tiny, "--prompt", "the sand", "--max-tokens", 4000]
+    code, output = on_a_terminal(arguments, interrupt_after=b"block 2")
+    assert code == 130
+    assert output.count("\x1b[?25l") == output.count("\x1b[?25h") and "Traceback" not in output
+    assert output.rstrip().endswith("stopped")
+
+
+def test_generated_text_cannot_command_the_terminal():
+    assert printable("a\x1b[2Jb\r\n\tc\x9b\x7f") == "a·[2Jb·\n\tc··"
+
+
+def test_sizes_for_people():
+    assert [human_bytes(n) for n in (12, 34_816, 4_145_084, 16.2e9)] == ["12 bytes", "34.8 kB", "4.1 MB", "16.2 GB"]

@@ -1,0 +1,56 @@
+"""Imports point one way: a test draws the arrow, and the shared modules work without MLX."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "mlx_dgemma": set(),
+    "gguf_export": {"mlx_dgemma"},
+    "convert": {"mlx_dgemma", "gguf_export"},
+}
+WITHOUT_MLX = [
+    "config",
+    "tensors",
+    "noise",
+    "errors",
+    "events",
+    "schedule",
+    "denoise",
+    "session",
+    "tokenizer",
+    "shards",
+    "hub",
+    "view",
+]
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+@pytest.mark.parametrize("package", [name for name in MAY_IMPORT if (ROOT / name).is_dir()])
+def test_a_package_imports_only_what_it_may(package):
+    ours = {*MAY_IMPORT, "demo", "tests", "benchmarks"}
+    for file in (ROOT / package).glob("*.py"):
+        found = {module.split(".")[0] for module in imported(file)} & ours
+        assert found <= MAY_IMPORT[package] | {package}, f"{file.relative_to(ROOT)} imports {found}"
+
+
+def test_only_to_mlx_uses_mlx_in_convert():
+    users = {f.name for f in (ROOT / "convert").glob("*.py") if any(m.split(".")[0] == "mlx" for m in imported(f))}
+    assert users == {"to_mlx.py"}
+
+
+@pytest.mark.parametrize("module", WITHOUT_MLX)
+def test_shared_modules_work_where_mlx_does_not_install(module):
+    code = f"import sys; sys.modules['mlx'] = None; import mlx_dgemma.{module}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
