@@ -148,13 +148,14 @@ class DiffusionGemma(nn.Module):
         canvas (B, C) int32. self_conditioning_logits (B, C, V): the previous step's *processed* logits (softcapped
         and divided by its temperature); None at a block's first step. Returns softcapped logits (B, C, V) float32.
         """
-        return self.logits(self.denoise_hidden(canvas, cache, self_conditioning_logits))
+        soft = None if self_conditioning_logits is None else self.soft_embedding(self_conditioning_logits)
+        return self.logits(self.denoise_hidden(canvas, cache, soft))
 
-    def denoise_hidden(self, canvas, cache: PrefixCache, self_conditioning_logits=None):
-        """`denoise` without the vocabulary product: final hidden states (B, C, H)."""
+    def denoise_hidden(self, canvas, cache: PrefixCache, soft=None):
+        """`denoise` without its work on the vocabulary: soft embedding (B, C, H) → final hidden states (B, C, H)."""
         x = self._embed(canvas)
-        soft = mx.zeros_like(x) if self_conditioning_logits is None else self.soft_embedding(self_conditioning_logits)
-        x = self.model.decoder.self_conditioning(x, soft)
+        # Without a previous step the soft embedding is zero; the MLP and the norm behind it still run.
+        x = self.model.decoder.self_conditioning(x, mx.zeros_like(x) if soft is None else soft)
         scalars = [layer.layer_scalar for layer in self.model.decoder.layers]
         C = canvas.shape[1]
 

@@ -13,20 +13,12 @@ MAY_IMPORT = {
     "gguf_export": {"mlx_dgemma"},
     "convert": {"mlx_dgemma", "gguf_export"},
 }
+# fmt: off
 WITHOUT_MLX = [
-    "config",
-    "tensors",
-    "noise",
-    "errors",
-    "events",
-    "schedule",
-    "denoise",
-    "session",
-    "tokenizer",
-    "shards",
-    "hub",
-    "view",
+    "config", "tensors", "noise", "errors", "shards", "hub", "tokenizer",
+    "events", "schedule", "denoise", "session", "view",
 ]
+# fmt: on
 
 
 def imported(file):
