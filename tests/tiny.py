@@ -219,6 +219,7 @@ SPECIAL_IDS = {
     "<|image>": 5,
     "<image|>": 6,
     "<|image|>": 7,
+    "<|video|>": 8,
     "<|tool>": 46,
     "<tool|>": 47,
     "<|tool_call>": 48,
