@@ -26,7 +26,7 @@ import mlx_dgemma
 from mlx_dgemma.engine import MlxEngine
 from mlx_dgemma.noise import NoiseStream
 from mlx_dgemma.sampler import accept_mask, entropies, sample
-from mlx_dgemma.view import human_bytes
+from mlx_dgemma.units import human_bytes
 
 DEMO = Path(__file__).parent.parent / "demo/checkpoint"
 PARTS = {

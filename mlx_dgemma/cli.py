@@ -13,7 +13,8 @@ import time
 from .config import GenerationConfig
 from .errors import DgemmaError
 from .events import Done
-from .view import View, human_bytes
+from .units import human_bytes
+from .view import View
 
 
 def main(argv: list[str] | None = None) -> int:

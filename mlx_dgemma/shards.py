@@ -57,7 +57,7 @@ def shard_files(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise DgemmaError(f"{index}: found no weight_map, expected tensor names and their files; download it again")
-        names = sorted({str(name) for name in weight_map.values()} - set(SIDECARS))
+        names = sorted({str(name) for name in weight_map.values() if Path(str(name)).name not in SIDECARS})
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise DgemmaError(
                 f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(names)} listed in {INDEX}); "

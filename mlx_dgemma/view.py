@@ -15,6 +15,7 @@ from rich.text import Text
 from .config import GenerationConfig
 from .events import BlockDone, Done, Stats, StepDone
 from .tokenizer import Tokenizer
+from .units import human_bytes
 
 CHANGED, UNSETTLED, HIDDEN = "cyan", "dim", "dim italic"
 
@@ -122,12 +123,3 @@ class View:
 def printable(text: str) -> str:
     """Generated text without control characters, which a terminal would obey; newlines and tabs stay."""
     return "".join(c if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t" else "·" for c in text)
-
-
-def human_bytes(n: float) -> str:
-    """1234567 → "1.2 MB"."""
-    for unit in ("bytes", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} GB"

@@ -14,7 +14,8 @@ import pytest
 import mlx_dgemma
 from mlx_dgemma.api import conversations, is_batch, make_session
 from mlx_dgemma.errors import DgemmaError
-from mlx_dgemma.view import human_bytes, printable
+from mlx_dgemma.units import human_bytes
+from mlx_dgemma.view import printable
 
 GENERATE = [sys.executable, "-m", "mlx_dgemma.generate"]
 
@@ -181,4 +182,4 @@ def test_generated_text_cannot_command_the_terminal():
 
 
 def test_sizes_for_people():
-    assert [human_bytes(n) for n in (12, 34_816, 4_145_084, 16.2e9)] == ["12 bytes", "34.8 kB", "4.1 MB", "16.2 GB"]
+    assert [human_bytes(n) for n in (12, 34_816, 4_145_084, 16.2e9)] == ["12 bytes", "34.82 kB", "4.15 MB", "16.20 GB"]

@@ -15,7 +15,7 @@ MAY_IMPORT = {
 }
 # fmt: off
 WITHOUT_MLX = [
-    "config", "tensors", "noise", "errors", "shards", "hub", "tokenizer",
+    "config", "tensors", "noise", "errors", "shards", "hub", "tokenizer", "units",
     "events", "schedule", "denoise", "session", "view",
 ]
 # fmt: on

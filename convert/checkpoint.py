@@ -1,0 +1,171 @@
+"""The checkpoint to convert: checked before the first weight is read, then read one tensor at a time.
+
+Shapes   as stored; a BF16 tensor is its uint16 bits (floats.py)
+Source   mlx_dgemma/shards.py reads the headers, mlx_dgemma/tensors.py says which tensors there must be
+Differs  files are mapped, so that a 26B checkpoint costs no memory until its rows are read; and a conversion takes
+         hours, so it also refuses what a loader survives: holes, trailing bytes, an index that points elsewhere
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_dgemma.config import ModelConfig, parse_config, read_json
+from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.hub import model_folder
+from mlx_dgemma.shards import INDEX, ITEM_BYTES, StoredTensor, stored_tensors
+from mlx_dgemma.tensors import check_coverage, check_shape, is_ignored, is_vision, text_tensors
+
+from .floats import FLOATS, STORED_AS
+from .plan import expected_vision
+
+# Beside the weights and config.json: what a loader, a tokenizer or a person needs. Carried along as they are.
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+SOURCE_FILES = ["config.json", "*.safetensors", INDEX, *CARRIED]
+FETCH_AGAIN = "the file is corrupt or its download incomplete; download it again"
+
+
+class Weights:
+    """The tensors of one folder. Each is mapped on its own, so that letting go of it gives its memory back."""
+
+    def __init__(self, folder: Path):
+        try:
+            self.tensors: dict[str, StoredTensor] = stored_tensors(folder)
+        except OSError as error:
+            raise DgemmaError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self.tensors[name]
+
+    def rows(self, name: str) -> np.ndarray:
+        """A view of one tensor, every axis but the last folded into one. (rows, row)"""
+        t = self.tensors[name]
+        data = np.memmap(t.file, np.uint8, "r", offset=t.start, shape=t.nbytes) if t.nbytes else np.empty(0, np.uint8)
+        # A header need not leave the data on a multiple of the item size; a copy is aligned.
+        aligned = data if t.start % ITEM_BYTES[t.dtype] == 0 else data.copy()
+        row = t.shape[-1] if t.shape else 1  # a clipping bound of a vision tower has no axis
+        return aligned.view(STORED_AS[t.dtype]).reshape(-1, row)
+
+
+class Checkpoint(NamedTuple):
+    """A source to convert: complete, with the shapes config.json implies, and not quantized."""
+
+    folder: Path
+    raw_config: dict
+    config: ModelConfig
+    weights: Weights
+    names: dict[str, str]  # Hugging Face name → stored name, text tensors only
+    vision: tuple[str, ...]  # stored names
+
+
+def find_folder(src: str | Path, config_only: bool = False) -> Path:
+    """The local folder of `src`; a hub id is downloaded first, `config_only` fetches nothing but config.json."""
+    return model_folder(src, ["config.json"] if config_only else SOURCE_FILES)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Check everything that can be checked without reading the weights. Raises DgemmaError."""
+    folder = Path(folder)
+    raw, config = read_source_config(folder)
+    _check_series(folder)
+    weights = Weights(folder)
+    _check_no_gaps(weights)
+    _check_index(folder, weights)
+    tensors = text_tensors(config)
+    # An unquantized MLX folder is a source too: its experts carry MLX's names.
+    names = {t.hf: t.mlx if t.hf not in weights and t.mlx in weights else t.hf for t in tensors}
+    hf_name = {stored: hf for hf, stored in names.items()}
+    check_coverage([hf_name.get(name, name) for name in weights.tensors], names, str(folder))
+    for t in tensors:
+        _check_stored(names[t.hf], weights[names[t.hf]], t.shape)
+    vision = tuple(name for name in weights.tensors if is_vision(name) and not is_ignored(name))
+    if vision:
+        expected = {t.hf: t.shape for t in expected_vision(config, folder / "config.json")}
+        check_coverage(vision, expected, str(folder))
+        for name in vision:
+            _check_stored(name, weights[name], expected.get(name, weights[name].shape))
+    return Checkpoint(folder, raw, config, weights, names, vision)
+
+
+def read_source_config(folder: Path) -> tuple[dict, ModelConfig]:
+    """config.json of a checkpoint that can be converted. Raises DgemmaError where it is quantized already."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    config = parse_config(raw, path)
+    for key in ("quantization", "quantization_config"):
+        if raw.get(key):
+            raise DgemmaError(
+                f"{path}: the checkpoint is already quantized ({key} is present), expected bfloat16 or float32 "
+                "weights; convert the checkpoint it was made from"
+            )
+    return raw, config
+
+
+def _check_series(folder):
+    """Without an index, the file names tell how many shards there should be."""
+    if (folder / INDEX).exists():
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", file.name):
+            stem, _, total = match.groups()
+            series = [f"{stem}-{i + 1:05}-of-{total}.safetensors" for i in range(int(total))]
+            if missing := [name for name in series if not (folder / name).is_file()]:
+                raise DgemmaError(
+                    f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(series)}); "
+                    "download the checkpoint again"
+                )
+
+
+def _check_no_gaps(weights):
+    """The tensors of a file fill it to its last byte; a name given twice in a header leaves a hole."""
+    by_file = {}
+    for t in weights.tensors.values():
+        by_file.setdefault(t.file, []).append(t)
+    for file, tensors in by_file.items():
+        with file.open("rb") as f:
+            data_start = 8 + int.from_bytes(f.read(8), "little")
+        size, expected = file.stat().st_size, data_start + sum(t.nbytes for t in tensors)
+        if size != expected:
+            raise DgemmaError(
+                f"{file}: found {size} bytes, expected {expected} for the {len(tensors)} tensors its header names; "
+                f"{FETCH_AGAIN}"
+            )
+
+
+def _check_index(folder, weights):
+    if not (folder / INDEX).exists():
+        return
+    for name, file in read_json(folder / INDEX)["weight_map"].items():
+        if name not in weights or weights[name].file.name != file:
+            where = f"found in {weights[name].file.name}" if name in weights else "not there"
+            raise DgemmaError(f"{folder / INDEX}: {name} should be in {file}, {where}; download the checkpoint again")
+
+
+def _check_stored(name, stored, shape):
+    check_shape(name, stored.shape, shape, str(stored.file))
+    if stored.dtype not in FLOATS:
+        raise DgemmaError(
+            f"{stored.file}: {name} is stored as {stored.dtype}, expected one of {', '.join(FLOATS)}; "
+            "convert the bfloat16 checkpoint it was made from"
+        )

@@ -1,0 +1,66 @@
+"""An output folder that appears complete or not at all.
+
+Source   write beside the target, then rename: a rename inside one folder is atomic
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.units import human_bytes
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def appears_when_done(out: Path, needed: int) -> Iterator[Path]:
+    """Yield a scratch folder that takes the name `out` once the block succeeds; `needed` is in bytes.
+
+    Whatever ends the block early (an error, Ctrl-C) removes the scratch folder. Raises DgemmaError where `out`
+    exists, cannot be written, or the disk is or becomes full.
+    """
+    out = Path(out)
+    check_free_name(out)
+    free = _free_bytes(out)
+    if free < needed:
+        raise _disk_full(out, needed, free)
+    scratch = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left
+        scratch.mkdir(parents=True)
+        yield scratch
+        scratch.rename(out)
+    except OSError as error:
+        free = _free_bytes(out)
+        shutil.rmtree(scratch, ignore_errors=True)
+        if error.errno in NO_SPACE:
+            raise _disk_full(out, needed, free) from None
+        raise DgemmaError(
+            f"{out}: cannot be written ({error.strerror or error}), expected a writable folder; choose another name"
+        ) from None
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def check_free_name(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise DgemmaError(f"{out}: already exists, expected a new name; choose another one or remove it first")
+
+
+def _free_bytes(out):
+    folder = Path(os.path.abspath(out)).parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _disk_full(out, needed, free):
+    return DgemmaError(
+        f"{out}: the disk is full, the conversion needs {human_bytes(needed)} ({needed} bytes) and "
+        f"{human_bytes(free)} ({free} bytes) are free; free some space or choose another disk"
+    )
