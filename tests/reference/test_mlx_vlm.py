@@ -17,7 +17,6 @@ import mlx_dgemma
 from convert import RECIPES, convert
 from tests.tiny import make_tiny_checkpoint, write_json
 
-
 # Measured 4e-6 at most over all recipes, in float32: two orders of summation, the same weights.
 ATOL = 1e-4
 
