@@ -36,7 +36,7 @@ def main(argv=None) -> int:
                 on_event=screen.draw,
             )
     except DgemmaError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was kept", file=sys.stderr)

@@ -15,10 +15,10 @@ import numpy as np
 from mlx_dgemma.config import ModelConfig, parse_config, read_json
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.hub import model_folder
-from mlx_dgemma.shards import INDEX, ITEM_BYTES, StoredTensor, stored_tensors
+from mlx_dgemma.shards import FLOATS, INDEX, ITEM_BYTES, StoredTensor, stored_tensors
 from mlx_dgemma.tensors import check_coverage, check_shape, is_ignored, is_vision, text_tensors
 
-from .floats import FLOATS, STORED_AS
+from .floats import STORED_AS
 from .plan import expected_vision
 
 # Beside the weights and config.json: what a loader, a tokenizer or a person needs. Carried along as they are.

@@ -7,7 +7,6 @@ Source   safetensors' dtype tags; numpy has no bfloat16, so a BF16 array is the 
 import numpy as np
 
 STORED_AS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8}
-FLOATS = ("BF16", "F16", "F32")
 TORCH_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 

@@ -7,3 +7,7 @@ Every message says what was found, what was expected, and the next step. Command
 
 class DgemmaError(Exception):
     """A bad input: found, expected, next step, in one line."""
+
+    def __str__(self):
+        # A library's own message, quoted in ours, may have several lines.
+        return " ".join(super().__str__().split())

@@ -15,7 +15,7 @@ from .config import ModelConfig, read_config, read_generation_config
 from .errors import DgemmaError
 from .hub import model_folder
 from .model import DiffusionGemma
-from .shards import StoredTensor, stored_tensors
+from .shards import FLOATS, StoredTensor, stored_tensors
 from .tensors import check_coverage, check_shape, text_tensors
 from .tokenizer import Tokenizer
 
@@ -80,6 +80,11 @@ def check_weights(stored: dict[str, StoredTensor], config: ModelConfig, where: P
             wanted |= {key for key in (module + ".scales", module + ".biases") if key in stored}
         elif name in stored:
             check_shape(name, stored[name].shape, tensor.shape, str(where))
+            if stored[name].dtype not in FLOATS:
+                raise DgemmaError(
+                    f"{where}: {name} is stored as {stored[name].dtype}, expected {', '.join(FLOATS)} or an MLX "
+                    "quantization; convert the original checkpoint"
+                )
     check_coverage(stored, wanted, str(where))
     return quantized
 

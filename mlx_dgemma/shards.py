@@ -23,6 +23,7 @@ ITEM_BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }
 # fmt: on
+FLOATS = ("BF16", "F16", "F32")  # what an unquantized weight may be
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 

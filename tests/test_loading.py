@@ -102,6 +102,17 @@ def test_missing_and_unknown_tensors_are_named(copy):
     fails(copy, "1 tensors are unknown, the first is stray")
 
 
+def test_a_type_that_is_no_float_is_named(copy):
+    path = copy / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.decoder.norm.weight"]["dtype"] = "I32"
+    text = json.dumps(header).encode().ljust(length)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    fails(copy, "model.decoder.norm.weight is stored as I32, expected BF16, F16, F32 or an MLX quantization")
+
+
 def test_another_model_is_sent_to_its_tool(copy):
     write_json(copy / "config.json", {**tiny_config(), "model_type": "gemma4"})
     fails(copy, 'model_type is "gemma4", expected "diffusion_gemma".*mlx_lm.generate')

@@ -1,9 +1,9 @@
-"""Makes the golden files: what transformers computes on the seeded tiny checkpoint.
+"""Makes the golden files: what transformers computes on the seeded tiny checkpoint, and writes on the demo's.
 
     python -m tests.golden.make        needs the extra `reference`
 
 Each file holds its inputs and the reference's outputs; recipe.json beside them says how they were made and what
-tolerance they carry. tests/test_model.py reads them, so that `make test` needs no torch.
+tolerance they carry. tests/test_model.py and tests/test_demo.py read them, so that `make test` needs no torch.
 """
 
 import json
@@ -15,6 +15,7 @@ import numpy as np
 from tests.tiny import make_tiny_checkpoint
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 CASES = {"short": 5, "window": 16, "long": 40}  # prompt tokens; the sliding window is 16
 VOCAB, CANVAS = 384, 16
 TEMPERATURE = 0.7
@@ -47,6 +48,21 @@ def reference_logits(model, case: dict[str, np.ndarray]) -> dict[str, np.ndarray
     }
 
 
+def demo_texts(cases=16) -> list[dict]:
+    """What transformers' generate answers to held-out prompts of the demo, on our noise stream."""
+    from demo.evaluate import transformers_engine
+    from demo.tasks import TASKS, held_out
+
+    engine = transformers_engine(ROOT / "demo/checkpoint")
+    texts = []
+    for seed in range(cases):
+        task = TASKS[seed % len(TASKS)]
+        prompt = held_out(task, cases)[seed].prompt
+        (answer,) = engine([prompt], [0], seed)
+        texts.append({"task": task, "seed": seed, "prompt": prompt, "text": answer.text})
+    return texts
+
+
 def main():
     import torch
     import transformers
@@ -57,9 +73,14 @@ def main():
         for name in CASES:
             case = inputs(name)
             np.savez_compressed(HERE / f"logits_{name}.npz", **case, **reference_logits(model, case))
-    recipe = {
+    made_with = {
         "made_by": "python -m tests.golden.make",
         "reference": f"transformers {transformers.__version__}, torch {torch.__version__}, cpu, float32",
+    }
+    texts = {**made_with, "checkpoint": "demo/checkpoint", "noise": "row 0 of each seed", "texts": demo_texts()}
+    (HERE / "demo_texts.json").write_text(json.dumps(texts, indent=1, ensure_ascii=False) + "\n")
+    recipe = {
+        **made_with,
         "checkpoint": "tests/tiny.py, make_tiny_checkpoint(seed=0)",
         "temperature": TEMPERATURE,
         "atol": 2e-5,
