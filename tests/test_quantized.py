@@ -15,9 +15,9 @@ from mlx_dgemma.tensors import text_tensors
 from tests.tiny import write_safetensors
 
 
-def logits(folder):
+def logits(folder, **options):
     """First and self-conditioned step."""
-    model, _ = mlx_dgemma.load(folder)
+    model, _ = mlx_dgemma.load(folder, **options)
     cache, canvas = model.make_cache(), mx.arange(16)[None] + 107
     model.encode(mx.arange(20)[None] + 200, cache)
     first = model.denoise(canvas, cache)
@@ -46,6 +46,7 @@ def test_a_quantized_model_is_its_dequantized_weights(tiny, tmp_path, recipe):
     convert(tiny, tmp_path / "out", recipe=recipe)
     got, want = logits(tmp_path / "out"), logits(dequantized(tmp_path / "out", tmp_path / "plain"))
     assert np.abs(got - want).max() < 1e-4
+    assert (logits(tmp_path / "out", dequantize=True) == want).all()
     exact = logits(tiny)
     if recipe == "fp32":
         assert (got == exact).all()

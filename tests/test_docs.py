@@ -1,0 +1,51 @@
+"""The documents are true: links lead somewhere, options exist, the README's Python runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from convert import convert
+from convert.__main__ import _parser as convert_parser
+from mlx_dgemma.cli import parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_the_options_shown(page):
+    for line in re.findall(r"^\$ (python -m .*)$", page.read_text(), flags=re.M):
+        _, _, module, *arguments = shlex.split(line.split("<")[0], comments=True)
+        if module == "mlx_dgemma.generate":
+            parse(arguments)
+        elif module == "convert":
+            convert_parser().parse_args(arguments)
+
+
+def test_every_setting_of_the_table_is_an_option():
+    settings = (ROOT / "docs/denoising.md").read_text().split("## Settings")[1]
+    options = set(re.findall(r"`(--[a-z-]+)", settings))
+    assert {"--steps", "--t-min", "--seed"} <= options
+    for option in options:
+        parse(["--model", "m", "--prompt", "p", option, "1"])
+
+
+def test_the_readmes_python_runs(tmp_path, capsys):
+    convert(ROOT / "demo/checkpoint", tmp_path / "q4", recipe="q4")
+    load_and_generate, below = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    space = {}
+    exec(load_and_generate.replace("build/demo-q4", str(tmp_path / "q4")), space)
+    assert '"buyer"' in capsys.readouterr().out
+    import mlx.core as mx
+
+    space |= {"tokens": mx.array([[2, 105]]), "canvas": mx.zeros((1, 64), mx.int32)}
+    exec(below, space)
+    assert space["logits"].shape == (1, 64, 1024)
