@@ -4,11 +4,12 @@
 #   make test-reference  live comparison with transformers and mlx-vlm (installs torch)
 #   make check           formatting and lint
 #   make bench           where a step's time goes
-PYTHON ?= $(firstword $(shell command -v python3.13 python3.12 python3.11 python3))
+# The first of these that runs and is new enough.
+PYTHON ?= $(or $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done),python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DEMO := build/demo-q4
-PROMPT ?= $(shell cat demo/prompt.txt)
 
 .PHONY: demo test test-reference check bench clean
 
@@ -39,7 +40,8 @@ clean:
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: found $$($(PYTHON) --version), expected Python 3.11 or newer; run make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "error: $(PYTHON) cannot make a virtual environment; on Debian or Ubuntu install python3-venv"; exit 1; }
 
 .venv/.base: pyproject.toml | .venv/bin/python
 	$(PIP) -e .

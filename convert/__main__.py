@@ -1,154 +1,16 @@
-"""python -m convert SRC OUT --to mlx --recipe q4
+"""The command's first lines: standard library only, so that Ctrl-C works from the start. The command is in cli.py."""
 
-Results go to stdout, the plan and the progress bar to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage,
-130 interrupted; after anything but 0 nothing is left behind.
-"""
-
-import argparse
-import json
-import signal
 import sys
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from mlx_dgemma.errors import DgemmaError
-from mlx_dgemma.units import human_bytes
-
-from . import RECIPES, TARGETS, Planned, convert
-
-
-def main(argv=None) -> int:
-    args = _parser().parse_args(argv)
-    if args.out is None and not args.dry_run:
-        _parser().error("OUT is needed, unless --dry-run is given")
-    console = Console(stderr=True)
-    before = signal.signal(signal.SIGTERM, _terminated)  # so that `kill` cleans up as Ctrl-C does
+def main() -> int:
     try:
-        with _Screen(console, quiet=args.dry_run, verify=args.verify) as screen:
-            report = convert(
-                args.src,
-                args.out,
-                to=args.to,
-                recipe=args.recipe,
-                dry_run=args.dry_run,
-                verify=args.verify,
-                on_event=screen.draw,
-            )
-    except DgemmaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        from .cli import main as run
+
+        return run()
     except KeyboardInterrupt:
         print("interrupted; nothing was kept", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    try:
-        print(json.dumps(_as_json(report)) if args.json else _as_text(report), flush=True)
-    except BrokenPipeError:  # the reader went away, as in `… | head`; the folder is complete
-        sys.stdout = None
-    return 0
-
-
-def _parser():
-    recipes = "\n".join(f"  {recipe.name:<6} {recipe.summary}" for recipe in RECIPES.values())
-    parser = argparse.ArgumentParser(
-        prog="python -m convert",
-        description="Convert a DiffusionGemma checkpoint.",
-        epilog=f"recipes:\n{recipes}\n  a JSON file: "
-        '{"name": "mine", "roles": {"expert": "mxfp4", "attention": "q6"}}, every other role q8',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("src", metavar="SRC", help="checkpoint folder, or a hub id such as owner/name")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="new folder; not needed with --dry-run")
-    parser.add_argument("--to", choices=TARGETS, default="mlx", help="what to write (default: mlx)")
-    parser.add_argument("--recipe", default="q4", metavar="R", help="a recipe below, or a JSON file (default: q4)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; needs only config.json")
-    parser.add_argument("--verify", action="store_true", help="reopen the result and report the error per role")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    return parser
-
-
-class _Screen:
-    """Draws the events of a conversion: the plan first, then one bar per phase."""
-
-    def __init__(self, console, quiet, verify):
-        self.console, self.quiet, self.verify = console, quiet, verify
-        columns = TextColumn("{task.description:>8}"), BarColumn(), DownloadColumn()
-        self.progress = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.progress.live.is_started:  # else stopping would print an empty line
-            self.progress.stop()
-
-    def draw(self, event):
-        if self.quiet:
-            return
-        if isinstance(event, Planned):
-            self.console.print(plan_text(event.plan), highlight=False, markup=False, soft_wrap=True)
-            self.progress.start()
-            self.tasks = {"convert": self.progress.add_task("convert", total=event.plan.total_bytes)}
-            if self.verify:
-                words = sum(t.arrays[0].nbytes for t in event.plan.tensors)
-                self.tasks["verify"] = self.progress.add_task("verify", total=words)
-        else:
-            self.progress.advance(self.tasks[event.phase], event.bytes)
-
-
-def plan_text(plan) -> str:
-    """A table for people: per role tensors, precision, parameters and size, then totals and notes."""
-    rows = [("role", "precision", "tensors", "parameters", "size")]
-    rows += [(r.role, r.precision, f"{r.tensors:,}", f"{r.parameters:,}", human_bytes(r.bytes)) for r in plan.by_role()]
-    rows.append(("total", plan.recipe.name, f"{len(plan.tensors):,}", f"{plan.parameters:,}", _size(plan)))
-    lines = [_row(row) for row in rows]
-    lines += [f"note: {note}" for note in plan.notes]
-    return "\n".join(lines)
-
-
-def _row(row):
-    name, precision, *numbers = row
-    return f"{name:<18}{precision:<10}" + "".join(f"{n:>{w}}" for n, w in zip(numbers, (8, 16, 12), strict=True))
-
-
-def _size(plan):
-    return human_bytes(plan.total_bytes)
-
-
-def _as_text(report):
-    if report.out is None:
-        plan = report.plan
-        bits = 8 * plan.total_bytes / plan.parameters
-        return f"{plan_text(plan)}\n{plan.total_bytes} bytes in {len(plan.shards)} shards, {bits:.2f} bits per weight"
-    lines = []
-    if report.errors is not None:
-        lines.append(f"{'role':<18}{'tensors':>8}{'relative error':>16}{'largest':>12}")
-        lines += [f"{e.role:<18}{e.tensors:>8,}{e.relative_rms:>16.6f}{e.max_abs:>12.6f}" for e in report.errors]
-    size, seconds = _size(report.plan), report.seconds
-    lines.append(f"{report.out}: {size} in {len(report.plan.shards)} shards, {seconds:.1f} s")
-    return "\n".join(lines)
-
-
-def _as_json(report):
-    plan = report.plan
-    return {
-        "out": None if report.out is None else str(report.out),
-        "recipe": plan.recipe.name,
-        "tensors": len(plan.tensors),
-        "parameters": plan.parameters,
-        "bytes": plan.total_bytes,
-        "shards": len(plan.shards),
-        "roles": [r._asdict() for r in plan.by_role()],
-        "notes": list(plan.notes),
-        "verify": None if report.errors is None else [e._asdict() for e in report.errors],
-        "seconds": round(report.seconds, 3),
-    }
-
-
-def _terminated(*_):
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

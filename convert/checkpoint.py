@@ -15,7 +15,7 @@ import numpy as np
 from mlx_dgemma.config import ModelConfig, parse_config, read_json
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.hub import model_folder
-from mlx_dgemma.shards import FLOATS, INDEX, ITEM_BYTES, StoredTensor, stored_tensors
+from mlx_dgemma.shards import AGAIN, FLOATS, INDEX, ITEM_BYTES, StoredTensor, stored_tensors
 from mlx_dgemma.tensors import check_coverage, check_shape, is_ignored, is_vision, text_tensors
 
 from .floats import STORED_AS
@@ -40,17 +40,13 @@ CARRIED = (
     "NOTICE",
 )
 SOURCE_FILES = ["config.json", "*.safetensors", INDEX, *CARRIED]
-FETCH_AGAIN = "the file is corrupt or its download incomplete; download it again"
 
 
 class Weights:
     """The tensors of one folder. Each is mapped on its own, so that letting go of it gives its memory back."""
 
     def __init__(self, folder: Path):
-        try:
-            self.tensors: dict[str, StoredTensor] = stored_tensors(folder)
-        except OSError as error:
-            raise DgemmaError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+        self.tensors: dict[str, StoredTensor] = stored_tensors(folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -149,7 +145,7 @@ def _check_no_gaps(weights):
         if size != expected:
             raise DgemmaError(
                 f"{file}: found {size} bytes, expected {expected} for the {len(tensors)} tensors its header names; "
-                f"{FETCH_AGAIN}"
+                f"{AGAIN}"
             )
 
 

@@ -33,7 +33,8 @@ class LayerCache:
         """Like `joined`, and stored: all of it, or the last window - 1 tokens."""
         keys, values = self.joined(keys, values)
         first = 0 if self.window is None else max(0, keys.shape[2] - (self.window - 1))
-        self.keys, self.values = keys[:, :, first:], values[:, :, first:]
+        # A slice keeps the whole array alive; a contiguous one is a copy of its own.
+        self.keys, self.values = (mx.contiguous(array[:, :, first:]) for array in (keys, values))
         return keys, values
 
 

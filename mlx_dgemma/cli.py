@@ -7,6 +7,7 @@ Answer on stdout, progress and the final line on stderr. Exit codes: 0 done, 1 a
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 
@@ -18,19 +19,18 @@ from .view import View
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; returns the exit code. Ctrl-C passes through, to __main__.py."""
+    if sys.stdout is None:  # closed by the caller, as in `… >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     options = parse(argv)
     try:
         return run(options)
     except DgemmaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of stdout went away, as in `… | head`
-        sys.stderr.close()
-        return 1
+    except BrokenPipeError:  # the reader of stdout went away, as in `… | head`: nobody is left to answer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -71,7 +71,7 @@ def run(options) -> int:
     began = time.perf_counter()
     # Settings are checked before the weights are read, so that a wrong one costs nothing.
     settings_of(GenerationConfig(), options)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = read_prompt() if options.prompt == "-" else options.prompt
     if prompt is not None and not prompt.strip():
         raise DgemmaError("the prompt is empty; give some text with --prompt, or on standard input with --prompt -")
     model, tokenizer = load(options.model, getattr(mx, options.dtype) if options.dtype else None)
@@ -88,6 +88,13 @@ def run(options) -> int:
     if options.json:
         print(json.dumps(report(done, settings, options, tokenizer), ensure_ascii=False))
     return 0
+
+
+def read_prompt() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise DgemmaError("the prompt is not valid UTF-8; save it as UTF-8 and try again") from None
 
 
 def settings_of(base: GenerationConfig, options) -> GenerationConfig:
@@ -125,9 +132,12 @@ def chat(session, tokenizer, settings, options, messages, first) -> int:
             prompt = sys.stdin.readline().strip()
         if not prompt:
             return 0
-        messages.append({"role": "user", "content": prompt})
-        done = answer(session, tokenizer, settings, options, messages)
-        messages.append({"role": "assistant", "content": done.text})
+        turn = {"role": "user", "content": prompt}
+        try:
+            done = answer(session, tokenizer, settings, options, [*messages, turn])
+            messages += [turn, {"role": "assistant", "content": done.text}]
+        except DgemmaError as error:  # this prompt's fault; the conversation goes on without it
+            print(f"error: {error}", file=sys.stderr)
         prompt = None
 
 

@@ -120,6 +120,9 @@ class GenerationConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise DgemmaError(f"{name} is {value!r}, expected a whole number of at least {least}")
+        for name, ids in (("pad", [self.pad_token_id]), ("bos", [self.bos_token_id]), ("stop", self.stop_token_ids)):
+            if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in ids):
+                raise DgemmaError(f"the {name} token id is {ids}, expected whole numbers")
         for name in ("t_min", "t_max", "entropy_bound", "confidence_threshold"):
             value = getattr(self, name)
             # The upper end keeps out infinity and NaN, which compare as neither.
@@ -164,15 +167,15 @@ def parse_config(raw: dict, path: Path | str = "config.json") -> ModelConfig:
     """config.json as a dictionary → ModelConfig. `path` is named in errors."""
     found = raw.get("model_type")
     if found != "diffusion_gemma":
-        hint = OTHER_TOOLS.get(found, "this project runs DiffusionGemma checkpoints only")
+        hint = OTHER_TOOLS.get(str(found), "this project runs DiffusionGemma checkpoints only")
         raise DgemmaError(f'{path}: model_type is {json.dumps(found)}, expected "diffusion_gemma". {hint}.')
     text = _Section(raw.get("text_config"), path, "text_config")
     if text.get("use_bidirectional_attention") == "all":
         raise DgemmaError(f'{path}: use_bidirectional_attention is "all", expected "vision" or null (a causal encoder)')
     layer_types = _layer_types(text, path)
     global_heads = _global_heads(text, layer_types, path)
-    rope = text.get("rope_parameters", {})
-    sliding_rope, full_rope = rope.get(SLIDING, {}), rope.get(FULL, {})
+    rope = text.section("rope_parameters")
+    sliding_rope, full_rope = rope.section(SLIDING), rope.section(FULL)
     hidden_activation = text.get("hidden_activation", "gelu_pytorch_tanh")
     if hidden_activation != "gelu_pytorch_tanh":
         raise DgemmaError(f'{path}: hidden_activation is {hidden_activation!r}, expected "gelu_pytorch_tanh"')
@@ -191,13 +194,13 @@ def parse_config(raw: dict, path: Path | str = "config.json") -> ModelConfig:
         top_k_experts=text.count("top_k_experts"),
         sliding_window=text.count("sliding_window"),
         layer_types=layer_types,
-        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-        final_logit_softcapping=float(text.get("final_logit_softcapping", 30.0)),
+        rms_norm_eps=text.number("rms_norm_eps", 1e-6),
+        final_logit_softcapping=text.number("final_logit_softcapping", 30.0),
         max_position_embeddings=text.count("max_position_embeddings"),
         canvas_length=_Section(raw, path, "config").count("canvas_length", 256),
-        sliding_rope_theta=float(sliding_rope.get("rope_theta", 1e4)),
-        full_rope_theta=float(full_rope.get("rope_theta", 1e6)),
-        full_rotary_factor=float(full_rope.get("partial_rotary_factor", 0.25)),
+        sliding_rope_theta=sliding_rope.number("rope_theta", 1e4),
+        full_rope_theta=full_rope.number("rope_theta", 1e6),
+        full_rotary_factor=full_rope.number("partial_rotary_factor", 0.25),
         vision=raw.get("vision_config"),
         image_token_id=raw.get("image_token_id"),
     )
@@ -210,7 +213,7 @@ def parse_generation_config(raw: dict, path: Path | str = "generation_config.jso
     """generation_config.json as a dictionary → GenerationConfig."""
     names = {field.name for field in dataclasses.fields(GenerationConfig)} - {"entropy_bound", "stop_token_ids"}
     known = {name: raw[name] for name in names if raw.get(name) is not None}
-    sampler = raw.get("sampler_config") or {}
+    sampler = _Section(raw.get("sampler_config") or {}, path, "sampler_config").values
     kind = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
     if kind != "EntropyBoundSamplerConfig":
         raise DgemmaError(f"{path}: sampler {kind!r} is not known, expected EntropyBoundSamplerConfig")
@@ -246,6 +249,15 @@ class _Section:
         value = self.values.get(key)
         return default if value is None else value
 
+    def section(self, key):
+        return _Section(self.get(key, {}), self.path, f"{self.name}.{key}")
+
+    def number(self, key, default):
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+            raise DgemmaError(f"{self.path}: {self.name}.{key} is {value!r}, expected a number above 0")
+        return float(value)
+
     def count(self, key, default=None):
         value = self.get(key, default)
         # The bound keeps an absurd number from becoming an allocation.
@@ -258,22 +270,26 @@ def _layer_types(text, path):
     n_layers = text.count("num_hidden_layers")
     if n_layers > 10_000:
         raise DgemmaError(f"{path}: text_config.num_hidden_layers is {n_layers}, expected at most 10000")
-    every_sixth = [SLIDING if (i + 1) % 6 else FULL for i in range(n_layers)]
-    types = tuple(text.get("layer_types", every_sixth))
-    if len(types) != n_layers or set(types) - {SLIDING, FULL}:
+    # By default every sixth layer is full; the last one always is, as transformers has it.
+    types = text.get(
+        "layer_types", [FULL if (i + 1) % 6 == 0 or i + 1 == n_layers else SLIDING for i in range(n_layers)]
+    )
+    if not isinstance(types, list) or len(types) != n_layers or any(kind not in (SLIDING, FULL) for kind in types):
         raise DgemmaError(f"{path}: layer_types is {types}, expected {n_layers} of {SLIDING!r} or {FULL!r}")
-    return types
+    if types[-1] != FULL:
+        raise DgemmaError(f"{path}: the last of layer_types is {types[-1]!r}, expected {FULL!r}")
+    return tuple(types)
 
 
 def _global_heads(text, layer_types, path):
     """head_dim and num_key_value_heads of the full-attention layers, from either spelling."""
     full = [str(i) for i, kind in enumerate(layer_types) if kind == FULL]
-    per_layer = text.get("per_layer_config")
-    if per_layer is not None:
+    if text.get("per_layer_config") is not None:
+        per_layer = text.section("per_layer_config").values
         found = {json.dumps(per_layer.get(i, {}), sort_keys=True) for i in full}
         if len(found) > 1 or set(per_layer) - set(full):
             raise DgemmaError(f"{path}: per_layer_config {per_layer} must treat the layers {full} alike and no other")
-        heads = _Section(per_layer.get(full[0], {}) if full else {}, path, "per_layer_config")
+        heads = _Section(per_layer.get(full[0], {}), path, "per_layer_config")
         default_kv = text.count("num_key_value_heads")
         return {
             "head_dim": heads.count("head_dim", text.count("head_dim")),

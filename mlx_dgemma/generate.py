@@ -1,8 +1,8 @@
-"""`python -m mlx_dgemma.generate`. The command lives in cli.py: `mlx_dgemma.generate` is the API's function."""
+"""`python -m mlx_dgemma.generate`. In the API `mlx_dgemma.generate` is a function, so the command lives in cli.py."""
 
 import sys
 
-from .cli import main
+from .__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,7 @@
 Source   huggingface_hub: its cache, its HF_HUB_OFFLINE switch, its errors
 """
 
+import errno
 from pathlib import Path
 
 from .errors import DgemmaError
@@ -28,13 +29,18 @@ def model_folder(path_or_repo, files=MODEL_FILES) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except errors.HFValidationError:
+        raise DgemmaError(
+            f"{name}: no such folder; expected a model folder or a hub repo id such as owner/name"
+        ) from None
     except errors.GatedRepoError:
         raise DgemmaError(f"{name}: the repo is gated; accept its terms on the hub, then run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
         raise DgemmaError(f"{name}: neither a local folder nor a repo on the hub; check the name") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError, errors.HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # the HTTP library under the hub's client, and with it the errors, change with versions
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise DgemmaError(f"{name}: the disk is full; free some space, then start again") from None
         raise DgemmaError(
-            f"{name}: not in the local hub cache and the hub cannot be reached ({reason}). Connect and unset "
-            "HF_HUB_OFFLINE, or give a local folder"
+            f"{name}: not in the local hub cache and the hub cannot be reached ({error or type(error).__name__}). "
+            "Connect and unset HF_HUB_OFFLINE, or give a local folder"
         ) from None

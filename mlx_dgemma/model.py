@@ -13,7 +13,7 @@ import mlx.nn as nn
 from .attention import Attention
 from .cache import PrefixCache
 from .config import GenerationConfig, LayerConfig, ModelConfig
-from .layers import MLP, RMSNorm, geglu, unit_rms
+from .layers import MLP, RMSNorm, unit_rms
 from .masks import canvas_mask, encoder_mask
 from .moe import Experts, Router
 
@@ -46,22 +46,17 @@ class Layer(nn.Module):
         return (x + self.post_feedforward_layernorm(dense + mixed)) * scalar
 
 
-class SelfConditioning(nn.Module):
+class SelfConditioning(MLP):
     """Adds what the previous step believed, as a soft embedding, to the canvas embedding."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.pre_norm = RMSNorm(hidden, config.rms_norm_eps)
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        super().__init__(config.hidden_size, config.intermediate_size)
+        self.pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._eps = config.rms_norm_eps
 
     def __call__(self, x, soft):
         """x and soft (B, C, H) → (B, C, H)"""
-        h = self.pre_norm(soft)
-        return unit_rms(x + self.down_proj(geglu(self.gate_proj(h), self.up_proj(h))), self._eps)
+        return unit_rms(x + super().__call__(self.pre_norm(soft)), self._eps)
 
 
 class Decoder(nn.Module):

@@ -24,6 +24,7 @@ ITEM_BYTES = {
 }
 # fmt: on
 FLOATS = ("BF16", "F16", "F32")  # what an unquantized weight may be
+AGAIN = "the file is corrupt or its download incomplete; download it again"
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -73,25 +74,26 @@ def shard_files(folder: Path) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """One file's tensors, each checked to lie inside the file, with the size its shape implies, none overlapping."""
-    again = "the file is corrupt or its download incomplete; download it again"
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise DgemmaError(f"{file}: its header should take {length} bytes of a {size}-byte file; {again}")
-        try:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise DgemmaError(f"{file}: its header should take {length} bytes of a {size}-byte file; {AGAIN}")
             header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            entries = {name: _entry(file, 8 + length, raw) for name, raw in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DgemmaError(f"{file}: its header is not valid safetensors ({error}); {again}") from None
+        header.pop("__metadata__", None)
+        entries = {name: _entry(file, 8 + length, raw) for name, raw in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DgemmaError(f"{file}: its header is not valid safetensors ({error}); {AGAIN}") from None
+    except OSError as error:
+        raise DgemmaError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if entry.start < end or entry.nbytes < 0:
-            raise DgemmaError(f"{file}: the data of {name} overlaps another tensor's; {again}")
+            raise DgemmaError(f"{file}: the data of {name} overlaps another tensor's; {AGAIN}")
         end = entry.start + entry.nbytes
         if end > size:
-            raise DgemmaError(f"{file}: {name} ends at byte {end} of a {size}-byte file; {again}")
+            raise DgemmaError(f"{file}: {name} ends at byte {end} of a {size}-byte file; {AGAIN}")
     return entries
 
 

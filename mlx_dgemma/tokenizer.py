@@ -59,12 +59,6 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens recognised, none added."""
-        for match in SPECIAL_SHAPE.finditer(text):
-            if self.vocabulary.token_id(match[0]) is None:
-                raise DgemmaError(
-                    f"the prompt holds {match[0]!r}, which is not a special token of {self.folder.name}; "
-                    "write it with a space inside if it is meant as text"
-                )
         return self.vocabulary.encode(text)
 
     def decode(self, tokens: list[int]) -> str:
@@ -92,11 +86,8 @@ class Tokenizer:
         special tokens, or a template that refuses the conversation.
         """
         for message in messages:
-            content = message.get("content")
-            if not isinstance(content, str) or any(token in content for token in IMAGE_TOKENS):
-                raise DgemmaError("the prompt holds an image; image input is not supported yet, give text only")
-            if message["role"] == "user" and not content.strip():
-                raise DgemmaError("the prompt is empty; give some text with --prompt, or on standard input with -")
+            if message["role"] != "assistant":  # the model's own words are taken as they are
+                self._check_prompt(message["role"], message.get("content"))
         if self.template is None:
             raise DgemmaError(f"{self.folder}: found no chat_template.jinja; download the checkpoint again")
         try:
@@ -110,6 +101,22 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise DgemmaError(f"{self.folder}: the chat template refused the conversation ({error})") from None
         return self.encode(text)
+
+    def _check_prompt(self, role, content):
+        if not isinstance(content, str) or any(token in content for token in IMAGE_TOKENS):
+            raise DgemmaError("the prompt holds an image; image input is not supported yet, give text only")
+        if role == "user" and not content.strip():
+            raise DgemmaError("the prompt is empty; give some text with --prompt, or on standard input with -")
+        try:
+            content.encode()
+        except UnicodeEncodeError:
+            raise DgemmaError("the prompt is not valid UTF-8; save it as UTF-8 and try again") from None
+        for match in SPECIAL_SHAPE.finditer(content):
+            if self.vocabulary.token_id(match[0]) is None:
+                raise DgemmaError(
+                    f"the prompt holds {match[0]!r}, which is not a special token of {self.folder.name}; "
+                    "write it with a space inside if it is meant as text"
+                )
 
     def _is_special(self, token_id):
         return token_id < 5 or SPECIAL_SHAPE.fullmatch(self.vocabulary.token(token_id)) is not None
@@ -169,7 +176,9 @@ class SentencePieceVocabulary:
     def decode(self, tokens):
         # sentencepiece drops a leading space; decoding behind a known token keeps it.
         anchor = self._model.piece_to_id("<0x0A>")
-        return self._model.decode([anchor, *tokens])[1:] if tokens else ""
+        # A model may have more ids than its tokenizer.
+        known = [t for t in tokens if t < self.size]
+        return self._model.decode([anchor, *known])[1:] if known else ""
 
     def token_id(self, token):
         token_id = self._model.piece_to_id(token)

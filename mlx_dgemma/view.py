@@ -77,7 +77,7 @@ class View:
     def _draw_step(self, event: StepDone):
         if self._live is None:
             # Transient: the canvas leaves no trace once its text is final.
-            self._live = Live(console=self._console, transient=True, auto_refresh=False, vertical_overflow="crop")
+            self._live = Live(console=self._console, transient=True, auto_refresh=False)
             self._live.start()
         draft, accepted = event.draft[0].tolist(), event.accepted[0].tolist()
         text = Text(self._unfinished_line())
@@ -92,7 +92,9 @@ class View:
                 text.append(printable(piece), CHANGED if before[i] != draft[i] else "")
         text.append(f"\nblock {event.block + 1}, step {event.step + 1}", "dim")
         self._last_draft = draft
-        self._live.update(text, refresh=True)
+        # The last lines that fit: the canvas is at the end, and what scrolled off cannot be drawn over.
+        lines = text.wrap(self._console, self._console.width)
+        self._live.update(Text("\n").join(lines[1 - self._console.height :]), refresh=True)
 
     def _write(self, final):
         """Write what is new of the answer. Before the end, an unfinished character is held back; with a live canvas

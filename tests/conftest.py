@@ -1,8 +1,12 @@
 """Fixtures: the seeded tiny checkpoint, written once per test process."""
 
+import mlx.core as mx
 import pytest
 
 from tests.tiny import make_tiny_checkpoint
+
+# Golden numbers and exact comparisons are float32 on the CPU, also where a GPU is the default.
+mx.set_default_device(mx.cpu)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ def test_per_layer_facts():
     [
         ({"model_type": "gemma4"}, 'model_type is "gemma4", expected "diffusion_gemma".*mlx_lm.generate'),
         ({"model_type": None}, "model_type is null"),
+        ({"model_type": []}, r"model_type is \[\]"),
         ({"text_config": None}, "text_config is None, expected a JSON object"),
         ({"canvas_length": -1}, "canvas_length is -1, expected a positive whole number"),
     ],
@@ -53,6 +54,12 @@ def test_a_wrong_config_is_named(change, message):
         ({"vocab_size": "many"}, "vocab_size is 'many', expected a positive whole number"),
         ({"num_hidden_layers": 10**9, "layer_types": None}, "at most 10000"),
         ({"layer_types": ["sliding_attention"]}, "expected 6 of"),
+        ({"layer_types": 5}, "layer_types is 5, expected 6 of"),
+        ({"layer_types": ["sliding_attention"] * 6}, "the last of layer_types is .sliding_attention., expected .full"),
+        ({"rope_parameters": []}, r"text_config.rope_parameters is \[\], expected a JSON object"),
+        ({"per_layer_config": [1]}, "per_layer_config is .1., expected a JSON object"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x', expected a number above 0"),
+        ({"final_logit_softcapping": 0}, "final_logit_softcapping is 0, expected a number above 0"),
         ({"top_k_experts": 99}, "top_k_experts 99 is above num_experts 8"),
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
         ({"use_bidirectional_attention": "all"}, "expected .vision. or null"),
@@ -64,6 +71,12 @@ def test_a_wrong_text_config_is_named(change, message):
     raw["text_config"] |= change
     with pytest.raises(DgemmaError, match=message):
         parse_config(raw)
+
+
+def test_the_last_layer_is_full_by_default():
+    raw = tiny_config()
+    raw["text_config"] |= {"num_hidden_layers": 7, "layer_types": None}
+    assert [layer.is_sliding for layer in parse_config(raw).layers] == [True] * 5 + [False] * 2
 
 
 def test_missing_and_broken_files(tmp_path):
@@ -94,6 +107,9 @@ def test_generation_config_defaults_file_and_overrides(tmp_path):
         ({"t_min": 0.9}, "t_min is 0.9 and t_max 0.8"),
         ({"t_max": float("nan")}, "t_max is nan"),
         ({"sampler_config": {"_cls_name": "Other"}}, "sampler 'Other' is not known"),
+        ({"sampler_config": "x"}, "sampler_config is 'x', expected a JSON object"),
+        ({"pad_token_id": "x"}, r"pad token id is \['x'\]"),
+        ({"eos_token_id": "x"}, r"stop token id is \('x',\)"),
     ],
 )
 def test_a_wrong_generation_config_is_named(raw, message):

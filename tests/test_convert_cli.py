@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import convert.__main__
 import convert.output
 import convert.to_mlx
 import convert.writer
-from convert.__main__ import main
+from convert.cli import main
 from tests.tiny import tiny_config, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -173,8 +174,10 @@ def test_interrupt(tiny, tmp_path, monkeypatch, capsys):
         return quantize(*args)
 
     monkeypatch.setattr(convert.to_mlx, "quantize", interrupted)
-    assert main([str(tiny), str(tmp_path / "out")]) == 130
-    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys, "argv", ["convert", str(tiny), str(tmp_path / "out")])
+    assert convert.__main__.main() == 130
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.endswith("interrupted; nothing was kept\n")
     assert list(tmp_path.iterdir()) == []
 
 

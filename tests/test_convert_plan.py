@@ -89,7 +89,7 @@ def test_a_plan_of_the_26b_is_instant_and_needs_config_json_alone(tmp_path):
 
 
 def test_planning_needs_no_mlx():
-    code = "import sys, convert, convert.__main__; sys.exit('mlx' in sys.modules)"
+    code = "import sys, convert.cli, convert.api; sys.exit('mlx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 

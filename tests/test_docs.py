@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from convert import convert
-from convert.__main__ import _parser as convert_parser
+from convert.cli import _parser as convert_parser
 from mlx_dgemma.cli import parse
 
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,10 @@
 """Text end to end on the tiny checkpoint: API, chat, command line, live view."""
 
+import importlib
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,10 +16,11 @@ import pytest
 import mlx_dgemma
 from mlx_dgemma.api import conversations, is_batch, make_session
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.noise import NoiseStream
 from mlx_dgemma.units import human_bytes
 from mlx_dgemma.view import printable
 
-GENERATE = [sys.executable, "-m", "mlx_dgemma.generate"]
+GENERATE = [sys.executable, "-m", "mlx_dgemma.generate", "--dtype", "float32"]
 
 
 def run(*arguments, stdin=""):
@@ -50,8 +53,10 @@ def test_events_and_stats_agree(tiny_model):
     assert done.stats.blocks == len(blocks) == 3
     assert len(done.tokens[0]) == done.stats.tokens == 40 and not done.stopped[0]
     assert done.tokens[0] == np.concatenate([b.tokens for b in blocks], axis=1)[0, :40].tolist()
-    # What the next step reads: the sampled token where accepted, noise elsewhere.
-    assert all(e.canvas.shape == e.draft.shape == (1, 16) for e in steps)
+    # What the next step reads: the sampled token where accepted, the stream's noise elsewhere.
+    for e in steps:
+        noise = NoiseStream(0).renoise([0], e.block, e.step, 16, 384)
+        assert (e.canvas[~e.accepted] == noise[~e.accepted]).all() and e.accepted.any()
     assert 0 < done.stats.seconds_to_first_block < done.stats.seconds
 
 
@@ -134,7 +139,49 @@ def test_chat_on_the_command_line(tiny):
     assert result.stderr.count("tokens per forward") == 2
 
 
-def on_a_terminal(arguments, interrupt_after=None):
+@pytest.mark.parametrize("package", ["mlx_dgemma", "convert"])
+def test_ctrl_c_works_from_the_commands_start(package, monkeypatch, capsys):
+    """Nothing slow is imported before the handler stands, and whatever comes after it is under the handler."""
+    code = f"import sys, {package}.__main__; sys.exit('numpy' in sys.modules or 'rich' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    command = importlib.import_module(f"{package}.__main__")
+    monkeypatch.setattr(f"{package}.cli.main", interrupted)
+    assert command.main() == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("prompt", [b"\xff\xfe", b"a\xff"])
+def test_a_prompt_that_is_no_text(tiny, prompt):
+    for arguments, stdin in (["--prompt", "-"], prompt), (["--prompt", os.fsdecode(prompt)], b""):
+        done = subprocess.run([*GENERATE, "--model", str(tiny), *arguments], input=stdin, capture_output=True)
+        assert done.returncode == 1 and b"error: the prompt is not valid UTF-8" in done.stderr
+
+
+def test_a_closed_or_leaving_reader_is_no_crash(tiny):
+    command = shlex.join([*GENERATE, "--model", str(tiny), "--prompt", "the sand", "--max-tokens", "64"])
+    for line in (f"{command} >&-", f"{command} | true; exit ${{PIPESTATUS[0]}}"):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+
+
+def test_a_bad_line_does_not_end_a_chat(tiny):
+    result = run("--model", tiny, "--chat", "--max-tokens", 16, stdin="the sand\nsee <|foo|>\nand on\n\n")
+    assert result.returncode == 0 and result.stderr.count("tokens per forward") == 2
+    assert "error: the prompt holds '<|foo|>'" in result.stderr
+
+
+def test_the_models_own_words_are_not_checked(tiny_model):
+    model, tokenizer = tiny_model
+    reply = {"role": "assistant", "content": "<|im_start|>"}
+    messages = [{"role": "user", "content": "on"}, reply, {"role": "user", "content": "on"}]
+    assert isinstance(mlx_dgemma.generate(model, tokenizer, messages, max_tokens=16), str)
+
+
+def on_a_terminal(arguments, interrupt_after=None, lines=24):
     """Run with stdout and stderr on a pseudo-terminal; returns (exit code, everything it printed)."""
     control, terminal = pty.openpty()
     process = subprocess.Popen(
@@ -142,7 +189,7 @@ def on_a_terminal(arguments, interrupt_after=None):
         stdin=subprocess.DEVNULL,
         stdout=terminal,
         stderr=terminal,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "40", "LINES": str(lines)},
     )
     os.close(terminal)
     output = b""
@@ -167,6 +214,12 @@ def test_the_canvas_is_drawn_and_cleared_on_a_terminal(tiny):
     assert code == 0
     assert "block 1, step 1" in output and "block 2, step 8" in output
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") == 2  # the cursor comes back after each block
+
+
+def test_a_small_terminal_shows_the_end_of_the_canvas(tiny):
+    _, output = on_a_terminal(["--model", tiny, "--prompt", "the sand", "--max-tokens", 160], lines=6)
+    # Four blocks of special-looking tokens fill more lines than there are.
+    assert [f"block {block}, step {step}" in output for block in (1, 2, 3, 4) for step in (1, 8)] == [True] * 8
 
 
 def test_ctrl_c_leaves_a_clean_terminal(tiny):

@@ -16,7 +16,7 @@ MAY_IMPORT = {
 # fmt: off
 WITHOUT_MLX = [
     "config", "tensors", "noise", "errors", "shards", "hub", "tokenizer", "units",
-    "events", "schedule", "denoise", "session", "view",
+    "events", "schedule", "denoise", "session", "view", "cli",
 ]
 # fmt: on
 

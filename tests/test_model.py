@@ -79,6 +79,15 @@ def test_the_cache_holds_the_window_and_no_more(model, n):
     assert cache.nbytes == 5 * sliding * min(n, config.sliding_window - 1) + full * n
 
 
+def test_the_cache_takes_the_memory_it_says(model):
+    """A sliding layer's window must not keep the whole prompt's keys alive behind it."""
+    tokens, cache = mx.array([prompt_of(2000)]), model.make_cache()
+    mx.eval(tokens, model.parameters())
+    before = mx.get_active_memory()
+    MlxEngine(model, cache).prefill(np.array(tokens))
+    assert cache.nbytes <= mx.get_active_memory() - before < 1.1 * cache.nbytes
+
+
 def test_a_copied_cache_goes_its_own_way(model):
     cache = model.make_cache()
     model.encode(mx.array([prompt_of(20)]), cache)

@@ -1,7 +1,6 @@
 """mlx-vlm 0.7.10 reads what we write and gives the same logits; we read what it writes.
 
-A bfloat16 folder is left out on a CPU: MLX's
-gather_mm is float32 there.
+A bfloat16 folder is left out: on a CPU MLX gathers expert matrices in float32 only, and mlx-vlm has no way around it.
 """
 
 import json
