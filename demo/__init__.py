@@ -1,0 +1,1 @@
+"""The bundled checkpoint: its tasks, tokenizer, trainer and evaluation."""

@@ -1,0 +1,153 @@
+"""Solve held-out instances with an engine: python -m demo.evaluate --engine mlx --model PATH
+
+Shapes   an engine is (prompts, row ids, seed) -> Answers; a row id is the instance's index, so batching changes nothing
+Source   transformers 5.23.0 `generate`, or mlx_dgemma; both read mlx_dgemma.noise
+Differs  batches are left-padded; every rate carries its Wilson 95 % interval
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from typing import NamedTuple
+
+from demo.tasks import TASKS, check, held_out
+
+
+class Answer(NamedTuple):
+    text: str
+    steps: int  # decoder passes over all blocks
+    blocks: int
+    tokens: int  # the stop token included
+
+
+def transformers_engine(path, **settings):
+    import torch
+    from transformers import AutoTokenizer
+
+    from demo.reference import load_transformers, transformers_with_stream
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = load_transformers(path)
+    stops, canvas = set(model.generation_config.eos_token_id), model.config.canvas_length
+
+    @torch.no_grad()
+    def engine(prompts, rows, seed):
+        chats = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+        batch = tokenizer(chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+        with transformers_with_stream(seed, rows):
+            out = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
+        answers = []
+        new = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
+        for tokens, tpf in zip(new, out.tokens_per_forward.tolist(), strict=True):
+            stop = next((i for i, token in enumerate(tokens) if token in stops), None)
+            text = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+            used = len(tokens) if stop is None else stop + 1
+            counted = sum(token != tokenizer.pad_token_id for token in tokens)  # what TPF was divided by
+            answers.append(Answer(text, round(counted / tpf), math.ceil(used / canvas), used))
+        return answers
+
+    return engine
+
+
+def mlx_engine(path, dequantize=False, **settings):
+    import mlx.core as mx
+
+    import mlx_dgemma
+
+    # float32 as in the reference, whatever the device's default is.
+    model, tokenizer = mlx_dgemma.load(path, mx.float32, dequantize)
+    config = model.generation_config.replace(**settings)
+
+    def engine(prompts, rows, seed):
+        steps = []  # per block, per row
+        for event in mlx_dgemma.stream(model, tokenizer, prompts, config, seed=seed, rows=rows):
+            match event:
+                case mlx_dgemma.BlockDone():
+                    steps.append(event.steps.tolist())
+                case mlx_dgemma.Done():
+                    done = event
+        return [
+            Answer(text, sum(row), sum(n > 0 for n in row), len(tokens) + stopped)
+            for text, tokens, stopped, row in zip(
+                done.texts, done.tokens, done.stopped, zip(*steps, strict=True), strict=True
+            )
+        ]
+
+    return engine
+
+
+ENGINES = {"transformers": transformers_engine, "mlx": mlx_engine}
+
+
+def wilson(right, n, z=1.96):
+    """95 % interval of a rate."""
+    rate, spread = right / n, z * z / n
+    middle = (rate + spread / 2) / (1 + spread)
+    half = math.sqrt(rate * (1 - rate) * spread + spread * spread / 4) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def evaluate(engine, task, n=300, seed=0, batch=50, show_failures=0):
+    """One row of the table, as a dict. Instances are those of held_out(task, n, seed)."""
+    chosen = held_out(task, n, seed)
+    answers, began = [], time.perf_counter()
+    for start in range(0, n, batch):
+        rows = range(start, min(start + batch, n))
+        answers += engine([chosen[row].prompt for row in rows], list(rows), seed)
+        print(f"{task} {len(answers)}/{n}", end="\r", file=sys.stderr)
+    seconds = time.perf_counter() - began
+    verdicts = [check(instance, answer.text) for instance, answer in zip(chosen, answers, strict=True)]
+    failures = [(i, a) for i, a, right in zip(chosen, answers, verdicts, strict=True) if not right]
+    for instance, answer in failures[:show_failures]:
+        print(f"--- {instance.prompt}\n--- wanted\n{instance.answer}\n--- got\n{answer.text}", file=sys.stderr)
+    right, (low, high) = sum(verdicts), wilson(sum(verdicts), n)
+    steps, blocks, tokens = (sum(getattr(a, field) for a in answers) for field in ("steps", "blocks", "tokens"))
+    several = [right for right, answer in zip(verdicts, answers, strict=True) if answer.blocks > 1]
+    return {
+        "task": task, "n": n, "right": right, "rate": right / n, "low": low, "high": high,
+        "steps_per_block": steps / blocks, "tpf": tokens / steps,
+        "several_blocks": len(several), "several_blocks_right": sum(several), "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--engine", choices=ENGINES, default="mlx")
+    parser.add_argument("--model", default="demo/checkpoint", help="checkpoint folder (default: the bundled one)")
+    parser.add_argument(
+        "--dequantize", action="store_true", help="mlx: float32 arithmetic on the same weights, faster on a CPU"
+    )
+    parser.add_argument("--task", choices=TASKS, action="append", help="may be repeated; default: all")
+    parser.add_argument("--n", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="chooses the instances and the noise")
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--show-failures", type=int, default=0, metavar="K")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    args = parser.parse_args(arguments)
+
+    engine = ENGINES[args.engine](args.model, **({"dequantize": True} if args.dequantize else {}))
+    table = []
+    print(f"{'task':16}{'n':>5}{'right':>8}  {'95 % interval':15}{'steps/block':>12}{'TPF':>7}  several blocks")
+    for task in args.task or TASKS:
+        row = evaluate(engine, task, args.n, args.seed, args.batch, args.show_failures)
+        table.append(row)
+        interval = f"{row['low']:.1%}..{row['high']:.1%}"
+        several = f"{row['several_blocks_right']}/{row['several_blocks']}"
+        print(
+            f"{task:16}{row['n']:>5}{row['rate']:>8.1%}  {interval:15}"
+            f"{row['steps_per_block']:>12.1f}{row['tpf']:>7.1f}  {several}",
+            flush=True,
+        )
+    if args.json:
+        print(json.dumps({"engine": args.engine, "model": args.model, "seed": args.seed, "tasks": table}))
+
+
+if __name__ == "__main__":
+    main()
