@@ -15,7 +15,7 @@ DEMO := build/demo-q4
 
 demo: .venv/.base $(DEMO)
 	@echo; cat demo/prompt.txt; echo
-	@$(BIN)/python -m mlx_dgemma.generate --model $(DEMO) --seed 1 --prompt - < demo/prompt.txt
+	@$(BIN)/python -m mlx_dgemma.generate --model $(DEMO) --seed 0 --prompt - < demo/prompt.txt
 
 $(DEMO): .venv/.base demo/checkpoint/config.json
 	@rm -rf $(DEMO) && mkdir -p build
