@@ -117,14 +117,18 @@ def _as_text(report):
     if report.out is None:
         plan = report.plan
         bits = 8 * plan.total_bytes / plan.parameters
-        return f"{plan_text(plan)}\n{plan.total_bytes} bytes in {len(plan.shards)} shards, {bits:.2f} bits per weight"
+        return f"{plan_text(plan)}\n{plan.total_bytes} bytes in {_shards(plan)}, {bits:.2f} bits per weight"
     lines = []
     if report.errors is not None:
         lines.append(f"{'role':<18}{'tensors':>8}{'relative error':>16}{'largest':>12}")
         lines += [f"{e.role:<18}{e.tensors:>8,}{e.relative_rms:>16.6f}{e.max_abs:>12.6f}" for e in report.errors]
     size, seconds = human_bytes(report.plan.total_bytes), report.seconds
-    lines.append(f"{report.out}: {size} in {len(report.plan.shards)} shards, {seconds:.1f} s")
+    lines.append(f"{report.out}: {size} in {_shards(report.plan)}, {seconds:.1f} s")
     return "\n".join(lines)
+
+
+def _shards(plan):
+    return f"{len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}"
 
 
 def _as_json(report):

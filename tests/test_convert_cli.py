@@ -45,7 +45,7 @@ def test_convert_and_verify(tiny, tmp_path, capsys):
     assert (role, tensors) == ("expert", "12")
     assert 0.05 < float(relative) < 0.15
     assert 0 < float(largest) < 0.1
-    assert printed.out.splitlines()[-1].startswith(f"{tmp_path / 'out'}: 775.41 kB in 1 shards")
+    assert printed.out.splitlines()[-1].startswith(f"{tmp_path / 'out'}: 775.41 kB in 1 shard")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
@@ -62,7 +62,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert main([str(tmp_path), "--dry-run"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert printed.out.splitlines()[-1] == "775408 bytes in 1 shards, 6.47 bits per weight"
+    assert printed.out.splitlines()[-1] == "775408 bytes in 1 shard, 6.47 bits per weight"
     assert main([str(tmp_path), "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == 775_408
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
