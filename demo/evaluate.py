@@ -131,6 +131,8 @@ def main(arguments=None):
     parser.add_argument("--show-failures", type=int, default=0, metavar="K")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args(arguments)
+    if args.n < 1 or args.batch < 1:
+        parser.error("--n and --batch must be at least 1")
 
     engine = ENGINES[args.engine](args.model, **({"dequantize": True} if args.dequantize else {}))
     table = []

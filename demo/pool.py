@@ -1,7 +1,7 @@
 """The training examples: (prefix, canvas) pairs, tokenized once and served in batches of similar length.
 
 Shapes   prefix (B, P) left-padded with its mask (B, P); canvas (B, C)
-Source   FIELD.md section 6: prompt and answer in blocks of C, the last one filled with EOS
+Source   the technical report (arXiv 2608.00146): prompt and answer in blocks of C, the last one filled with EOS
 Differs  each block of an answer is an example of its own
 """
 

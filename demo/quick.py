@@ -1,4 +1,4 @@
-"""A fast look at the tasks during training: the sampler of MODEL.md section 2 on the twin.
+"""A fast look at the tasks during training: the entropy-bound sampler on the twin.
 
 Shapes   B rows, C canvas, V vocabulary
 Source   transformers 5.23.0, generation_diffusion_gemma.py

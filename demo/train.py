@@ -1,7 +1,7 @@
 """Train the demo checkpoint from scratch: python -m demo.train --minutes 60
 
 Shapes   B rows, P prefix, C canvas, V vocabulary
-Source   FIELD.md section 6: uniform corruption at t ~ U, two passes, canvas loss + encoder loss
+Source   the technical report (arXiv 2608.00146): uniform corruption at t ~ U, two passes, canvas loss + encoder loss
 Differs  exactly half of each batch is self-conditioned, on softmax(logits / T) with T of the sampler's range
 """
 
