@@ -17,7 +17,7 @@ demo: .venv/.base $(DEMO)
 	@echo; cat demo/prompt.txt; echo
 	@$(BIN)/python -m mlx_dgemma.generate --model $(DEMO) --seed 0 --prompt - < demo/prompt.txt
 
-$(DEMO): .venv/.base demo/checkpoint/config.json
+$(DEMO): demo/checkpoint/config.json | .venv/.base
 	@rm -rf $(DEMO) && mkdir -p build
 	@$(BIN)/python -m convert demo/checkpoint $(DEMO) --to mlx --recipe q4
 

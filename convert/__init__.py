@@ -13,3 +13,7 @@ def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module 'convert' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__():
+    return __all__

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mlx_dgemma.errors import DgemmaError
-from mlx_dgemma.units import human_bytes
+from mlx_dgemma.units import count, human_bytes
 
 from .api import TARGETS, Planned, convert
 from .recipes import RECIPES
@@ -128,7 +128,7 @@ def _as_text(report):
 
 
 def _shards(plan):
-    return f"{len(plan.shards)} shard{'s' * (len(plan.shards) != 1)}"
+    return count(len(plan.shards), "shard")
 
 
 def _as_json(report):

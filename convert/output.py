@@ -25,13 +25,13 @@ def appears_when_done(out: Path, needed: int) -> Iterator[Path]:
     """
     out = Path(out)
     check_free_name(out)
-    free = _free_bytes(out)
-    if free < needed:
-        raise _disk_full(out, needed, free)
     scratch = out.with_name(out.name + ".partial")
     try:
         shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left
         scratch.mkdir(parents=True)
+        free = _free_bytes(out)
+        if free < needed:
+            raise _disk_full(out, needed, free)
         yield scratch
         scratch.rename(out)
     except OSError as error:

@@ -131,7 +131,7 @@ def find_recipe(name: str | Path) -> Recipe:
 
 
 def _read_recipe(path):
-    raw = read_json(path)
+    raw = read_json(path, "recipe")
     if set(raw) - {"name", "roles"} or not isinstance(raw.get("roles"), dict):
         raise DgemmaError(
             f"{path}: found the keys {sorted(raw)}, expected "

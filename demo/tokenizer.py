@@ -1,7 +1,7 @@
 """Builds the demo's tokenizer: Gemma 4's scheme and special ids, 1,024 entries.
 
 Shapes   ids 0..106 special or <unusedN>, 107..362 the bytes, then characters and merges
-Source   the released checkpoint: special ids, prompt form, and the fields of Gemma's tokenizer.json (space -> "▁", byte fallback)
+Source   the released checkpoint: special ids, prompt form, tokenizer.json (space -> "▁", byte fallback)
 Differs  merges never span a digit, a newline or a "▁" before a capital, so numbers and names are copied piece by piece
 """
 

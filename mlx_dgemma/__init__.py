@@ -23,3 +23,7 @@ def __getattr__(name):
     if name not in _HOMES:
         raise AttributeError(f"module 'mlx_dgemma' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__():
+    return __all__

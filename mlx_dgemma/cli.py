@@ -11,11 +11,22 @@ import os
 import sys
 import time
 
+from .chat import chat
 from .config import GenerationConfig
 from .errors import DgemmaError
 from .events import Done
+from .tokenizer import check_prompt
 from .units import human_bytes
 from .view import View
+
+# Field of GenerationConfig → option.
+OPTIONS = {
+    "max_new_tokens": "max_tokens",
+    "max_denoising_steps": "steps",
+    "t_min": "t_min",
+    "t_max": "t_max",
+    "entropy_bound": "entropy_bound",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,14 +53,18 @@ def parse(argv=None) -> argparse.Namespace:
     add("--prompt", help="the prompt; - reads standard input")
     add("--system", help="system prompt")
     add("--thinking", action="store_true", help="let the model think first; the thought goes to stderr")
-    add("--chat", action="store_true", help="a conversation: one prompt per line, an empty line or Ctrl-D ends it")
+    add("--chat", action="store_true", help="a conversation, one prompt per line (a final \\ continues it); empty: end")
     add("--seed", type=int, default=0, help="same seed, same text (default 0)")
     add("--max-tokens", type=int, metavar="N", help="most tokens to generate (default: the checkpoint's, or 256)")
     add("--steps", type=int, metavar="N", help="most denoising steps per block")
     add("--t-min", type=float, metavar="T", help="temperature towards the last step")
     add("--t-max", type=float, metavar="T", help="temperature of the first step")
     add("--entropy-bound", type=float, metavar="NATS", help="entropy that one step's accepted tokens may add up to")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="activations (default: bfloat16 on a GPU)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="activations (default: bfloat16 on a GPU, else float32)",
+    )
     add("--image", metavar="FILE", help="not supported yet")
     add("--json", action="store_true", help="print one JSON object instead of the text")
     options = parser.parse_args(argv)
@@ -72,8 +87,8 @@ def run(options) -> int:
     # Settings are checked before the weights are read, so that a wrong one costs nothing.
     settings_of(GenerationConfig(), options)
     prompt = read_prompt() if options.prompt == "-" else options.prompt
-    if prompt is not None and not prompt.strip():
-        raise DgemmaError("the prompt is empty; give some text with --prompt, or on standard input with --prompt -")
+    if prompt is not None:
+        check_prompt("user", prompt)
     model, tokenizer = load(options.model, getattr(mx, options.dtype) if options.dtype else None)
     settings = settings_of(model.generation_config, options)
     if not options.json:
@@ -82,7 +97,7 @@ def run(options) -> int:
     session = make_session(model, tokenizer, keep_prefix=options.chat)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     if options.chat:
-        return chat(session, tokenizer, settings, options, messages, prompt)
+        return chat(lambda turns: answer(session, tokenizer, settings, options, turns), messages, prompt)
     messages.append({"role": "user", "content": prompt})
     done = answer(session, tokenizer, settings, options, messages)
     if options.json:
@@ -99,13 +114,13 @@ def read_prompt() -> str:
 
 def settings_of(base: GenerationConfig, options) -> GenerationConfig:
     """The checkpoint's defaults, changed by the command line."""
-    return base.replace(
-        max_new_tokens=options.max_tokens,
-        max_denoising_steps=options.steps,
-        t_min=options.t_min,
-        t_max=options.t_max,
-        entropy_bound=options.entropy_bound,
-    )
+    try:
+        return base.replace(**{field: getattr(options, option) for field, option in OPTIONS.items()})
+    except DgemmaError as error:
+        message = str(error)
+        for field, option in OPTIONS.items():  # an error names what the user typed
+            message = message.replace(field, "--" + option.replace("_", "-"))
+        raise DgemmaError(message) from None
 
 
 def answer(session, tokenizer, settings, options, messages) -> Done:
@@ -117,28 +132,12 @@ def answer(session, tokenizer, settings, options, messages) -> Done:
         if not options.json:
             if thought:
                 view.note(f"thought: {thought}")
+            if not event.text.strip():
+                view.note("the model answered nothing" + (" but a thought" if thought else ""))
             if not event.stopped[0]:
                 view.note(f"stopped at --max-tokens {settings.max_new_tokens}, before the answer's end")
             view.final_line(event.stats, options.seed)
     return event
-
-
-def chat(session, tokenizer, settings, options, messages, first) -> int:
-    """Prompts from standard input, one per line, until an empty line or the end."""
-    prompt = first
-    while True:
-        if prompt is None:
-            print("> ", end="", file=sys.stderr, flush=True)
-            prompt = sys.stdin.readline().strip()
-        if not prompt:
-            return 0
-        turn = {"role": "user", "content": prompt}
-        try:
-            done = answer(session, tokenizer, settings, options, [*messages, turn])
-            messages += [turn, {"role": "assistant", "content": done.text}]
-        except DgemmaError as error:  # this prompt's fault; the conversation goes on without it
-            print(f"error: {error}", file=sys.stderr)
-        prompt = None
 
 
 def report(done: Done, settings: GenerationConfig, options, tokenizer) -> dict:

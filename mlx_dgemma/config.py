@@ -133,21 +133,29 @@ class GenerationConfig:
 
     def replace(self, **changes) -> "GenerationConfig":
         """A copy with `changes`; None leaves a value as it is, so command-line options pass straight through."""
+        names = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(changes) - set(names)):
+            raise DgemmaError(f"setting {unknown[0]!r} is not known, expected some of {', '.join(names)}")
         return dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`. Raises DgemmaError when it is missing or not a JSON object."""
+def read_json(path: Path, what: str = "model") -> dict:
+    """The JSON object in `path`. Raises DgemmaError when it is missing or not a JSON object.
+
+    what: "model" for a file that was downloaded, else what a person wrote, for the next step an error names.
+    """
+    mend = "download the file again" if what == "model" else f"correct the {what} file"
+    folder = f"a model folder with {path.name} in it" if what == "model" else f"the path of a JSON {what} file"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DgemmaError(f"{path}: not found; expected a model folder with {path.name} in it") from None
+        raise DgemmaError(f"{path}: not found; expected {folder}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DgemmaError(f"{path}: not valid JSON ({error}); download the file again") from None
+        raise DgemmaError(f"{path}: not valid JSON ({error}); {mend}") from None
     except OSError as error:
         raise DgemmaError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     if not isinstance(value, dict):
-        raise DgemmaError(f"{path}: found a {type(value).__name__}, expected a JSON object; download the file again")
+        raise DgemmaError(f"{path}: found a {type(value).__name__}, expected a JSON object; {mend}")
     return value
 
 

@@ -11,3 +11,7 @@ class DgemmaError(Exception):
     def __str__(self):
         # A library's own message, quoted in ours, may have several lines.
         return " ".join(super().__str__().split())
+
+
+class ContextError(DgemmaError):
+    """Prompt and answer do not fit the model's context."""

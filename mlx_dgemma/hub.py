@@ -4,6 +4,7 @@ Source   huggingface_hub: its cache, its HF_HUB_OFFLINE switch, its errors
 """
 
 import errno
+import os
 from pathlib import Path
 
 from .errors import DgemmaError
@@ -40,7 +41,16 @@ def model_folder(path_or_repo, files=MODEL_FILES) -> Path:
     except Exception as error:  # the HTTP library under the hub's client, and with it the errors, change with versions
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise DgemmaError(f"{name}: the disk is full; free some space, then start again") from None
+        off = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+        why = "the hub is switched off by HF_HUB_OFFLINE" if off else f"the hub cannot be reached ({kind(error)})"
+        mend = "unset HF_HUB_OFFLINE" if off else "connect (HF_HUB_OFFLINE=1 looks in the cache only)"
         raise DgemmaError(
-            f"{name}: not in the local hub cache and the hub cannot be reached ({error or type(error).__name__}). "
-            "Connect and unset HF_HUB_OFFLINE, or give a local folder"
+            f"{name}: no such folder here, not in the local hub cache, and {why}; {mend}, or give a local folder"
         ) from None
+
+
+def kind(error: BaseException) -> str:
+    """The innermost cause's type: libraries wrap a refused connection several times, in many words."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return type(error).__name__

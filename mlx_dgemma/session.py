@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import GenerationConfig, ModelConfig
 from .denoise import Engine, denoise_blocks
-from .errors import DgemmaError
+from .errors import ContextError, DgemmaError
 from .events import BlockDone, Done, Stats, StepDone
 from .noise import NoiseStream
 from .tokenizer import Tokenizer
@@ -45,6 +45,8 @@ class Session:
         Raises DgemmaError for an empty prompt or one that does not fit the context.
         """
         began = time.perf_counter()
+        if not conversations:
+            raise DgemmaError("found no prompt in the batch, expected at least one")
         prompts = [self._tokenizer.chat(messages, thinking) for messages in conversations]
         for prompt in prompts:
             self._check_context(len(prompt), settings.max_new_tokens)
@@ -103,7 +105,7 @@ class Session:
         C = self._config.canvas_length
         needed = n_prompt + -(-n_new // C) * C
         if needed > limit:
-            raise DgemmaError(
+            raise ContextError(
                 f"the prompt has {n_prompt} tokens and {n_new} new ones were asked for, in whole canvases of {C}: "
                 f"{needed} in all. The model's context is {limit}; shorten the prompt or ask for fewer"
             )

@@ -87,7 +87,8 @@ class Tokenizer:
         """
         for message in messages:
             if message["role"] != "assistant":  # the model's own words are taken as they are
-                self._check_prompt(message["role"], message.get("content"))
+                check_prompt(message["role"], message.get("content"))
+                self._check_special_tokens(message["content"])
         if self.template is None:
             raise DgemmaError(f"{self.folder}: found no chat_template.jinja; download the checkpoint again")
         try:
@@ -102,15 +103,7 @@ class Tokenizer:
             raise DgemmaError(f"{self.folder}: the chat template refused the conversation ({error})") from None
         return self.encode(text)
 
-    def _check_prompt(self, role, content):
-        if not isinstance(content, str) or any(token in content for token in IMAGE_TOKENS):
-            raise DgemmaError("the prompt holds an image; image input is not supported yet, give text only")
-        if role == "user" and not content.strip():
-            raise DgemmaError("the prompt is empty; give some text with --prompt, or on standard input with -")
-        try:
-            content.encode()
-        except UnicodeEncodeError:
-            raise DgemmaError("the prompt is not valid UTF-8; save it as UTF-8 and try again") from None
+    def _check_special_tokens(self, content):
         for match in SPECIAL_SHAPE.finditer(content):
             if self.vocabulary.token_id(match[0]) is None:
                 raise DgemmaError(
@@ -120,6 +113,18 @@ class Tokenizer:
 
     def _is_special(self, token_id):
         return token_id < 5 or SPECIAL_SHAPE.fullmatch(self.vocabulary.token(token_id)) is not None
+
+
+def check_prompt(role: str, content) -> None:
+    """What can be said of a prompt without a vocabulary. Raises DgemmaError where it is no text, empty or an image."""
+    if not isinstance(content, str) or any(token in content for token in IMAGE_TOKENS):
+        raise DgemmaError("the prompt holds an image; image input is not supported yet, give text only")
+    if role == "user" and not content.strip():
+        raise DgemmaError("the prompt is empty; give some text with --prompt, or on standard input with --prompt -")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise DgemmaError("the prompt is not valid UTF-8; give it as UTF-8 text") from None
 
 
 class JsonVocabulary:

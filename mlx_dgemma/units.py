@@ -1,4 +1,4 @@
-"""Sizes for people."""
+"""Numbers for people."""
 
 
 def human_bytes(n: float) -> str:
@@ -7,3 +7,8 @@ def human_bytes(n: float) -> str:
         if n >= size:
             return f"{n / size:.2f} {unit}"
     return f"{n:.0f} bytes"
+
+
+def count(n: int, noun: str) -> str:
+    """1 step, 2 steps."""
+    return f"{n} {noun}{'s' * (n != 1)}"

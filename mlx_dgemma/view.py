@@ -15,7 +15,7 @@ from rich.text import Text
 from .config import GenerationConfig
 from .events import BlockDone, Done, Stats, StepDone
 from .tokenizer import Tokenizer
-from .units import human_bytes
+from .units import count, human_bytes
 
 CHANGED, UNSETTLED, HIDDEN = "cyan", "dim", "dim italic"
 
@@ -65,7 +65,7 @@ class View:
     def final_line(self, stats: Stats, seed: int) -> None:
         """The last line on stderr: what the generation cost."""
         self._console.print(
-            f"{stats.blocks} block{'s' * (stats.blocks != 1)}, {stats.steps} steps, {stats.tokens} tokens, "
+            f"{count(stats.blocks, 'block')}, {count(stats.steps, 'step')}, {count(stats.tokens, 'token')}, "
             f"{stats.tokens_per_forward:.1f} tokens per forward | {stats.tokens_per_second:.1f} tok/s, "
             f"first block after {stats.seconds_to_first_block:.2f} s | "
             f"peak {human_bytes(stats.peak_memory)}, cache {human_bytes(stats.cache_bytes)} | seed {seed}",

@@ -95,7 +95,7 @@ def test_float_recipes_have_no_quantization_block_and_name_their_dtype(tiny, tmp
 
 
 def test_shards_and_index(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "make_plan", lambda *args: PLAN(*args, shard_bytes=200_000))
+    monkeypatch.setattr(convert.api, "make_plan", lambda *args: PLAN(*args, shard_bytes=200_000))
     report = run(tiny, tmp_path / "out", recipe="q8", verify=True)
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     n = len(report.plan.shards)
@@ -109,7 +109,7 @@ def test_shards_and_index(tiny, tmp_path, monkeypatch):
         assert set(arrays) == {name for name, where in index["weight_map"].items() if where == file}
 
 
-PLAN = convert.make_plan
+PLAN = convert.api.make_plan
 
 
 def test_tokenizer_template_and_readme_are_carried_along(tmp_path):

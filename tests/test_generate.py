@@ -114,8 +114,8 @@ def test_command_line_options_reach_the_sampler(tiny):
     ("options", "message"),
     [
         (["--prompt", "  "], "error: the prompt is empty"),
-        (["--prompt", "a", "--steps", "0"], "error: max_denoising_steps is 0, expected a whole number"),
-        (["--prompt", "a", "--t-min", "2"], "error: t_min is 2.0 and t_max 0.8, expected t_min <= t_max"),
+        (["--prompt", "a", "--steps", "0"], "error: --steps is 0, expected a whole number"),
+        (["--prompt", "a", "--t-min", "2"], "error: --t-min is 2.0 and --t-max 0.8, expected --t-min <= --t-max"),
         (["--prompt", "a", "--image", "x.png"], "error: --image x.png: image input is not supported yet"),
         (["--prompt", "a <|foo|>"], "error: the prompt holds '<|foo|>'"),
         (["--prompt", "a", "--max-tokens", "99999"], "error: the prompt has 25 tokens and 99999 new"),
