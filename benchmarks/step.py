@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -39,7 +40,10 @@ PARTS = {
 
 def main():
     options = parse()
-    model, _ = mlx_dgemma.load(options.model, getattr(mx, options.dtype) if options.dtype else None)
+    try:
+        model, _ = mlx_dgemma.load(options.model, getattr(mx, options.dtype) if options.dtype else None)
+    except mlx_dgemma.DgemmaError as error:
+        sys.exit(f"error: {error}")
     result = {
         "model": Path(options.model).name,
         "dtype": str(model.dtype).removeprefix("mlx.core."),
@@ -136,4 +140,7 @@ def print_table(result):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

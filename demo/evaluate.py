@@ -13,6 +13,7 @@ import time
 from typing import NamedTuple
 
 from demo.tasks import TASKS, check, held_out
+from mlx_dgemma.errors import DgemmaError
 
 
 class Answer(NamedTuple):
@@ -101,7 +102,8 @@ def evaluate(engine, task, n=300, seed=0, batch=50, show_failures=0):
     for start in range(0, n, batch):
         rows = range(start, min(start + batch, n))
         answers += engine([chosen[row].prompt for row in rows], list(rows), seed)
-        print(f"{task} {len(answers)}/{n}", end="\r", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"{task} {len(answers)}/{n}", end="\r", file=sys.stderr)
     seconds = time.perf_counter() - began
     verdicts = [check(instance, answer.text) for instance, answer in zip(chosen, answers, strict=True)]
     failures = [(i, a) for i, a, right in zip(chosen, answers, verdicts, strict=True) if not right]
@@ -118,25 +120,32 @@ def evaluate(engine, task, n=300, seed=0, batch=50, show_failures=0):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--engine", choices=ENGINES, default="mlx")
     parser.add_argument("--model", default="demo/checkpoint", help="checkpoint folder (default: the bundled one)")
     parser.add_argument(
         "--dequantize", action="store_true", help="mlx: float32 arithmetic on the same weights, faster on a CPU"
     )
     parser.add_argument("--task", choices=TASKS, action="append", help="may be repeated; default: all")
-    parser.add_argument("--n", type=int, default=300)
+    parser.add_argument("--n", type=int, default=300, help="instances per task (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the instances and the noise")
-    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=50, help="instances denoised at once (default: 50)")
     parser.add_argument("--show-failures", type=int, default=0, metavar="K")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args(arguments)
     if args.n < 1 or args.batch < 1:
         parser.error("--n and --batch must be at least 1")
 
-    engine = ENGINES[args.engine](args.model, **({"dequantize": True} if args.dequantize else {}))
+    try:
+        engine = ENGINES[args.engine](args.model, **({"dequantize": True} if args.dequantize else {}))
+    except (DgemmaError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name} is not installed; pip install -e '.[reference]' brings it")
     table = []
-    print(f"{'task':16}{'n':>5}{'right':>8}  {'95 % interval':15}{'steps/block':>12}{'TPF':>7}  several blocks")
+    print(
+        f"{'task':16}{'n':>5}{'right':>8}  {'95 % interval':15}{'steps/block':>12}{'TPF':>7}  right, of several blocks"
+    )
     for task in args.task or TASKS:
         row = evaluate(engine, task, args.n, args.seed, args.batch, args.show_failures)
         table.append(row)
@@ -152,4 +161,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

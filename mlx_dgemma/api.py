@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from .config import GenerationConfig
 from .engine import MlxEngine
+from .errors import DgemmaError
 from .events import BlockDone, Done, StepDone
 from .model import DiffusionGemma
 from .session import Session
@@ -57,6 +58,13 @@ def is_batch(prompt) -> bool:
 
 
 def conversations(prompt) -> list[list[dict]]:
-    """Any accepted form of prompt → a list of conversations."""
-    prompts = prompt if is_batch(prompt) else [prompt]
-    return [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    """Any accepted form of prompt → a list of conversations. Raises DgemmaError for anything else."""
+
+    def conversation(p):
+        if isinstance(p, str):
+            return [{"role": "user", "content": p}]
+        if isinstance(p, list) and p and all(isinstance(turn, dict) and "role" in turn for turn in p):
+            return p
+        raise DgemmaError(f"found {type(p).__name__} as a prompt, expected a text or a list of messages")
+
+    return [conversation(p) for p in (prompt if is_batch(prompt) else [prompt])]

@@ -82,6 +82,19 @@ def test_output_exists(error_line, tmp_path):
     assert error_line().endswith("out: already exists, expected a new name; choose another one or remove it first")
 
 
+def test_a_recipe_file_that_is_none(error_line, tmp_path):
+    assert error_line("--recipe", str(tmp_path / "r.json")).endswith(
+        "not found; expected the path of a JSON recipe file"
+    )
+    (tmp_path / "r.json").write_text("{")
+    assert error_line("--recipe", str(tmp_path / "r.json")).endswith("correct the recipe file")
+
+
+def test_an_output_that_cannot_be_written(error_line, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in error_line(out=tmp_path / "file" / "out")
+
+
 def test_unknown_recipe(error_line):
     assert "recipe 'q9' is not known, expected one of bf16, fp32, q8" in error_line("--recipe", "q9")
 

@@ -35,7 +35,7 @@ def test_every_setting_of_the_table_is_an_option():
     options = set(re.findall(r"`(--[a-z-]+)", settings))
     assert {"--steps", "--t-min", "--seed"} <= options
     for option in options:
-        parse(["--model", "m", "--prompt", "p", option, "1"])
+        parse(["--model", "m", "--prompt", "p", option, "float32" if option == "--dtype" else "1"])
 
 
 def test_the_readmes_python_runs(tmp_path, capsys):

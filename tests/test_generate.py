@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import mlx_dgemma
 from mlx_dgemma.api import conversations, is_batch, make_session
+from mlx_dgemma.chat import chat
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.noise import NoiseStream
 from mlx_dgemma.units import human_bytes
@@ -172,6 +174,56 @@ def test_a_bad_line_does_not_end_a_chat(tiny):
     result = run("--model", tiny, "--chat", "--max-tokens", 16, stdin="the sand\nsee <|foo|>\nand on\n\n")
     assert result.returncode == 0 and result.stderr.count("tokens per forward") == 2
     assert "error: the prompt holds '<|foo|>'" in result.stderr
+
+
+def test_a_chat_prompt_may_have_several_lines(tiny, monkeypatch, capsys):
+    asked, lines = [], iter(["the sand\\\n", "and on\n", "\n"])
+
+    class Typed:
+        isatty = staticmethod(lambda: False)
+        readline = staticmethod(lambda: next(lines))
+
+    monkeypatch.setattr("sys.stdin", Typed)
+    done = SimpleNamespace(text="yes")
+    assert chat(lambda turns: asked.append(turns) or done, [], None) == 0
+    assert asked == [[{"role": "user", "content": "the sand\nand on"}]]
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, capsys):
+    typed, answered = iter(["one", "two", ""]), []
+
+    def answer(turns):
+        answered.append([turn["content"] for turn in turns])
+        if len(answered) == 1:
+            raise KeyboardInterrupt
+        return SimpleNamespace(text="yes")
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    assert chat(answer, [], None) == 0
+    assert answered == [["one"], ["two"]]  # the stopped turn left no trace
+    assert "goes on without this turn" in capsys.readouterr().err
+
+
+def test_a_full_conversation_says_so(tiny):
+    # Each answer takes 16 tokens of a context of 4096, a prompt of this length the most of it.
+    long = "the sand " * 900
+    result = run("--model", tiny, "--chat", "--max-tokens", 16, stdin=f"{long}\n{long}\n{long}\n\n")
+    assert result.returncode == 1 and "this conversation is full, start a new one" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([], {}, "found no prompt in the batch"),
+        (b"on", {}, "found bytes as a prompt, expected a text or a list of messages"),
+        ([["on"]], {}, "found list as a prompt"),
+        ("on", {"steps": 3}, "setting 'steps' is not known, expected some of max_new_tokens, max_denoising_steps"),
+    ],
+)
+def test_wrong_arguments_from_python(tiny_model, prompt, settings, message):
+    with pytest.raises(DgemmaError, match=message):
+        mlx_dgemma.generate(*tiny_model, prompt, **settings)
 
 
 def test_the_models_own_words_are_not_checked(tiny_model):
