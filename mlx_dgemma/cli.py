@@ -1,4 +1,4 @@
-"""The command line of `python -m mlx_dgemma.generate`: options, the chat loop, exit codes.
+"""The command line of `python -m mlx_dgemma.generate`: options, one answer, exit codes. chat.py has the chat loop.
 
 Answer on stdout, progress and the final line on stderr. Exit codes: 0 done, 1 a bad input (one `error:` line),
 2 wrong usage, 130 Ctrl-C.

@@ -23,13 +23,12 @@ CHANGED, UNSETTLED, HIDDEN = "cyan", "dim", "dim italic"
 class View:
     """Shows one generation of one row. Use as a context manager: leaving it restores the terminal, also on Ctrl-C."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: GenerationConfig, live: bool | None = None, quiet: bool = False):
-        """live: draw the canvas; None means where stdout and stderr are terminals. quiet: no text, no canvas."""
+    def __init__(self, tokenizer: Tokenizer, settings: GenerationConfig, quiet: bool = False):
+        """quiet: no text, no canvas."""
         self._tokenizer, self._stop = tokenizer, set(settings.stop_token_ids)
         self._max_tokens = settings.max_new_tokens
         self._console = Console(stderr=True)
-        terminal = self._console.is_terminal and sys.stdout.isatty()
-        self._is_live = not quiet and (terminal if live is None else live)
+        self._is_live = not quiet and self._console.is_terminal and sys.stdout.isatty()
         self._quiet = quiet
         self._live: Live | None = None
         self._tokens: list[int] = []  # of finished blocks
