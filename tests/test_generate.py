@@ -5,10 +5,10 @@ import json
 import os
 import pty
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +21,7 @@ from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.noise import NoiseStream
 from mlx_dgemma.units import human_bytes
 from mlx_dgemma.view import printable
+from tests.tiny import write_json
 
 GENERATE = [sys.executable, "-m", "mlx_dgemma.generate", "--dtype", "float32"]
 
@@ -254,7 +255,6 @@ def on_a_terminal(arguments, interrupt_after=None, lines=24):
             break
         output += piece
         if interrupt_after and interrupt_after in output:
-            time.sleep(0.05)
             process.send_signal(signal.SIGINT)
             interrupt_after = None
     os.close(control)
@@ -274,8 +274,11 @@ def test_a_small_terminal_shows_the_end_of_the_canvas(tiny):
     assert [f"block {block}, step {step}" in output for block in (1, 2, 3, 4) for step in (1, 8)] == [True] * 8
 
 
-def test_ctrl_c_leaves_a_clean_terminal(tiny):
-    arguments = ["--model", tiny, "--prompt", "the sand", "--max-tokens", 4000]
+def test_ctrl_c_leaves_a_clean_terminal(tiny, tmp_path):
+    endless = shutil.copytree(tiny, tmp_path / "endless")
+    settings = json.loads((endless / "generation_config.json").read_text())
+    write_json(endless / "generation_config.json", {**settings, "eos_token_id": [10**6]})  # no token stops it
+    arguments = ["--model", endless, "--prompt", "the sand", "--max-tokens", 4000]
     code, output = on_a_terminal(arguments, interrupt_after=b"block 2")
     assert code == 130
     assert output.count("\x1b[?25l") == output.count("\x1b[?25h") and "Traceback" not in output
