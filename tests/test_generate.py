@@ -242,6 +242,8 @@ def on_a_terminal(arguments, interrupt_after=None, lines=24):
         stdin=subprocess.DEVNULL,
         stdout=terminal,
         stderr=terminal,
+        # A test run started in the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "TERM": "xterm", "COLUMNS": "40", "LINES": str(lines)},
     )
     os.close(terminal)
