@@ -96,6 +96,11 @@ def test_texts_are_the_references(demo, case):
     assert mlx_dgemma.generate(*demo, case["prompt"], seed=case["seed"]) == case["text"]
 
 
+def test_the_bundled_prompt_is_the_first_held_out_repair():
+    """A rule instead of a choice: an example picked for its answer would mislead."""
+    assert (ROOT / "demo/prompt.txt").read_text() == held_out("python_fix", 1)[0].prompt + "\n"
+
+
 def test_a_converted_demo_solves_its_tasks(tmp_path):
     """4 bits, the command a user runs; the full rates are in docs/numerics.md."""
     convert(CHECKPOINT, tmp_path / "q4", recipe="q4")
