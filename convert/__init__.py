@@ -1,11 +1,11 @@
-"""Convert a DiffusionGemma checkpoint: `convert.convert(src, out, to="mlx", recipe="q4")`, or `python -m convert`.
+"""Convert a DiffusionGemma checkpoint: `convert.convert(src, out, to="gguf", recipe="Q4_K_M")`, or `python -m convert`.
 
 Names resolve on first use, so that Ctrl-C works from the command's first moment.
 """
 
 import importlib
 
-_HOMES = {"convert": "api", "Planned": "api", "Worked": "api", "Report": "api", "TARGETS": "api", "RECIPES": "recipes"}
+_HOMES = {"convert": "api", "Planned": "api", "Worked": "api", "Report": "api", "TARGETS": "recipes"}
 __all__ = list(_HOMES)
 
 

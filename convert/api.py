@@ -1,4 +1,4 @@
-"""Convert a DiffusionGemma checkpoint: `convert(src, out, to="mlx", recipe="q4")`, or `python -m convert`.
+"""Convert a DiffusionGemma checkpoint: `convert(src, out, to="gguf", recipe="Q4_K_M")`, or `python -m convert`.
 
 Differs  the work reports events (Planned, Worked) to a function and prints nothing; cli.py draws them
 """
@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.quality import RoleError
 from mlx_dgemma.tensors import Tensor
 
-from .checkpoint import CARRIED, find_folder, open_checkpoint, read_source_config
+from .checkpoint import Checkpoint, find_source, open_checkpoint, read_source_config
+from .imatrix import Imatrix, read_imatrix
 from .output import appears_when_done, check_free_name
 from .plan import Plan, make_plan, plan_from_config
-from .recipes import find_recipe
-from .verify import RoleError, verify_folder
-
-TARGETS = ("mlx",)
+from .plan_gguf import GgufPlan, make_gguf_plan
+from .recipes import DEFAULTS, TARGETS, find_recipe
 
 
 class Planned(NamedTuple):
     """The first event: what will be written."""
 
-    plan: Plan
+    plan: Plan | GgufPlan
+    notes: tuple[str, ...]  # where the result departs from the recipe, or from what a user may expect
 
 
 class Worked(NamedTuple):
@@ -35,7 +36,8 @@ class Worked(NamedTuple):
 
 
 class Report(NamedTuple):
-    plan: Plan
+    plan: Plan | GgufPlan
+    notes: tuple[str, ...]
     out: Path | None  # None after a dry run
     errors: list[RoleError] | None  # per role, where verification was asked for
     seconds: float
@@ -45,53 +47,107 @@ def convert(
     src: str | Path,
     out: str | Path | None = None,
     to: str = "mlx",
-    recipe: str | Path = "q4",
+    recipe: str | Path | None = None,
     *,
+    tensor_types: tuple[str, ...] = (),
+    imatrix: str | Path | None = None,
     dry_run: bool = False,
     verify: bool = False,
     on_event: Callable[[Planned | Worked], None] = lambda event: None,
 ) -> Report:
-    """Write `src` (a folder or a hub id) as the new folder `out`. Raises DgemmaError; `out` is then as it was.
+    """Write `src` (a folder, a GGUF file or a hub id) as the new folder or GGUF file `out`.
 
-    `recipe` is a name of RECIPES or the path of a JSON recipe file. A dry run needs only config.json, and no `out`.
+    to: "mlx" for a folder, "gguf" for a file.
+    recipe: a name of TARGETS[to] or the path of a JSON recipe; DEFAULTS[to] if None.
+    tensor_types: changes to it, as "expert=q6" or "ffn_down_exps=Q5_0".
+    imatrix: an importance matrix in llama.cpp's GGUF form; only for "gguf".
+    dry_run: plan only; needs config.json alone (or a GGUF's header), and no `out`.
+    Raises DgemmaError; `out` is then as it was.
     """
     started = time.monotonic()
     if to not in TARGETS:
         raise DgemmaError(f"target {to!r} is not known, expected {' or '.join(TARGETS)}")
-    recipe = find_recipe(recipe)
+    if imatrix is not None and to != "gguf":
+        raise DgemmaError(f"an importance matrix is for GGUF files, found --to {to}; leave it out or use --to gguf")
+    recipe = find_recipe(recipe or DEFAULTS[to], to, tensor_types)
     if out is None and not dry_run:
-        raise DgemmaError("no output folder was given, expected one; only a dry run does without")
+        raise DgemmaError("no output was given, expected a new name; only a dry run does without")
     if out is not None:
         check_free_name(Path(out))
-    folder = find_folder(src, config_only=dry_run)
+    importance = None if imatrix is None else read_imatrix(Path(imatrix))
+    path = find_source(src, config_only=dry_run)
+    if dry_run and (path.is_dir() or path.suffix == ".json"):
+        plan, notes = _plan_from_config(path, to, recipe, importance), ()
+    else:
+        checkpoint = open_checkpoint(path)
+        plan, notes = _plan(checkpoint, to, recipe, importance), _notes(checkpoint)
+    notes += plan.notes
+    on_event(Planned(plan, notes))
     if dry_run:
-        plan = plan_from_config(*read_source_config(folder), recipe, folder / "config.json")
-        on_event(Planned(plan))
-        return Report(plan, None, None, time.monotonic() - started)
-    checkpoint = open_checkpoint(folder)
-    plan = _plan(checkpoint, recipe)
-    on_event(Planned(plan))
+        return Report(plan, notes, None, None, time.monotonic() - started)
 
-    from .to_mlx import write_folder  # here, so that a plan needs no MLX
+    def worked(phase):
+        return lambda name, n: on_event(Worked(phase, name, n))
 
-    with appears_when_done(Path(out), _needed_bytes(checkpoint, plan)) as scratch:
-        write_folder(checkpoint, plan, scratch, lambda name, n: on_event(Worked("convert", name, n)))
-        errors = None
-        if verify:
-            errors = verify_folder(checkpoint, scratch, lambda name, n: on_event(Worked("verify", name, n)))
-    return Report(plan, Path(out), errors, time.monotonic() - started)
+    write, check = _writer(checkpoint, plan, to, importance)
+    with appears_when_done(Path(out), _needed_bytes(checkpoint, plan), folder=to == "mlx") as scratch:
+        write(scratch, worked("convert"))
+        errors = check(scratch, worked("verify")) if verify else None
+    return Report(plan, notes, Path(out), errors, time.monotonic() - started)
 
 
-def _plan(checkpoint, recipe):
+def _plan_from_config(path, to, recipe, importance):
+    raw, config = read_source_config(path)
+    if to == "gguf":
+        return make_gguf_plan(config, recipe, importance)
+    return plan_from_config(raw, config, recipe, path)
+
+
+def _plan(checkpoint, to, recipe, importance):
+    if to == "gguf":
+        return make_gguf_plan(checkpoint.config, recipe, importance)
     weights = checkpoint.weights
-    stored = {hf: (name, weights[name].dtype) for hf, name in checkpoint.names.items()}
-    stored |= {name: (name, weights[name].dtype) for name in checkpoint.vision}
+    names = checkpoint.names | {name: name for name in checkpoint.vision}
+    stored = {hf: (name, weights[name].dtype) for hf, name in names.items()}
+    kept = {hf: weights.kept_as(name) for hf, name in names.items()}
     vision = tuple(Tensor("vision", None, name, name, "", weights[name].shape) for name in checkpoint.vision)
-    return make_plan(checkpoint.config, recipe, stored, vision)
+    return make_plan(checkpoint.config, recipe, stored, vision, kept=kept)
+
+
+def _writer(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: Imatrix | None):
+    """(write, check): both take the scratch path and a function to report to. Imported here: a plan needs neither."""
+    if to == "gguf":
+        from gguf_export.quantize import check_can_quantize
+        from gguf_export.verify import verify_gguf
+
+        from .to_gguf import write_gguf
+
+        check_can_quantize({t.type.name for t in plan.tensors}, importance is not None)
+        return (
+            lambda path, worked: write_gguf(checkpoint, plan, path, importance, worked),
+            lambda path, worked: verify_gguf(path, plan.config, checkpoint.values, worked),
+        )
+    from .to_mlx import write_folder
+    from .verify import verify_folder
+
+    return (
+        lambda path, worked: write_folder(checkpoint, plan, path, worked),
+        lambda path, worked: verify_folder(checkpoint, path, worked),
+    )
+
+
+def _notes(checkpoint):
+    notes = []
+    if checkpoint.quantized:
+        notes.append(
+            f"the source is already quantized ({checkpoint.quantized}): what that lost stays lost, and a different "
+            "precision adds its own error; the original checkpoint gives a better result"
+        )
+    if checkpoint.assumed:
+        notes.append(f"the source lacks {', '.join(checkpoint.assumed)}: the released model's values are taken")
+    return tuple(notes)
 
 
 def _needed_bytes(checkpoint, plan):
-    """Arrays, their headers and index lines (about 300 bytes each), and the files carried along."""
-    carried = (checkpoint.folder / name for name in CARRIED)
-    arrays = sum(len(t.arrays) for t in plan.tensors)
-    return plan.total_bytes + 300 * arrays + sum(file.stat().st_size for file in carried if file.is_file())
+    """Weights, about 300 bytes per array for its header and index lines, and what is carried along."""
+    return plan.total_bytes + 300 * plan.array_count + checkpoint.carried_bytes

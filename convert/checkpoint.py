@@ -1,24 +1,29 @@
 """The checkpoint to convert: checked before the first weight is read, then read one tensor at a time.
 
 Shapes   as stored; a BF16 tensor is its uint16 bits (floats.py)
-Source   mlx_dgemma/shards.py reads the headers, mlx_dgemma/tensors.py says which tensors there must be
+Source   mlx_dgemma/shards.py reads the headers, mlx_dgemma/tensors.py says which tensors there must be;
+         gguf_source.py makes the same of a GGUF file
 Differs  files are mapped, so that a 26B checkpoint costs no memory until its rows are read; and a conversion takes
          hours, so it also refuses what a loader survives: holes, trailing bytes, an index that points elsewhere
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from mlx_dgemma.gguf.vocabulary import vocabulary_metadata
 
-from mlx_dgemma.config import ModelConfig, parse_config, read_json
+from mlx_dgemma.config import GenerationConfig, ModelConfig, parse_config, read_generation_config, read_json
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.floats import to_float32
+from mlx_dgemma.gguf.reader import Value
+from mlx_dgemma.gguf.types import Type
 from mlx_dgemma.hub import model_folder
-from mlx_dgemma.shards import AGAIN, FLOATS, INDEX, ITEM_BYTES, StoredTensor, stored_tensors
-from mlx_dgemma.tensors import check_coverage, check_shape, is_ignored, is_vision, text_tensors
+from mlx_dgemma.shards import AGAIN, FLOATS, INDEX, StoredTensor, rows, stored_tensors
+from mlx_dgemma.tensors import Tensor, check_coverage, check_shape, is_ignored, is_vision, text_tensors
 
-from .floats import STORED_AS
 from .plan import expected_vision
 
 # Beside the weights and config.json: what a loader, a tokenizer or a person needs. Carried along as they are.
@@ -43,7 +48,7 @@ SOURCE_FILES = ["config.json", "*.safetensors", INDEX, *CARRIED]
 
 
 class Weights:
-    """The tensors of one folder. Each is mapped on its own, so that letting go of it gives its memory back."""
+    """The tensors of one folder."""
 
     def __init__(self, folder: Path):
         self.tensors: dict[str, StoredTensor] = stored_tensors(folder)
@@ -56,31 +61,74 @@ class Weights:
 
     def rows(self, name: str) -> np.ndarray:
         """A view of one tensor, every axis but the last folded into one. (rows, row)"""
-        t = self.tensors[name]
-        data = np.memmap(t.file, np.uint8, "r", offset=t.start, shape=t.nbytes) if t.nbytes else np.empty(0, np.uint8)
-        # A header need not leave the data on a multiple of the item size; a copy is aligned.
-        aligned = data if t.start % ITEM_BYTES[t.dtype] == 0 else data.copy()
-        row = t.shape[-1] if t.shape else 1  # a clipping bound of a vision tower has no axis
-        return aligned.view(STORED_AS[t.dtype]).reshape(-1, row)
+        return rows(self.tensors[name])
+
+    def kept_as(self, name: str) -> str:
+        """The dtype of what a recipe does not touch, and of a quantized tensor's scales."""
+        return self.tensors[name].dtype
+
+    def bytes_of(self, name: str, type: Type) -> np.ndarray | None:
+        """The rows as bytes where they are stored in that ggml type already; nothing else can be copied."""
+        return self.rows(name).view(np.uint8) if self.tensors[name].dtype == type.name else None
 
 
 class Checkpoint(NamedTuple):
-    """A source to convert: complete, with the shapes config.json implies, and not quantized."""
+    """A source to convert: complete, with the shapes its configuration implies."""
 
-    folder: Path
+    path: Path  # a folder, or a GGUF file
+    name: str  # for general.name
     raw_config: dict
     config: ModelConfig
-    weights: Weights
+    generation: GenerationConfig
+    weights: "Weights"  # or gguf_source.GgufWeights
     names: dict[str, str]  # Hugging Face name → stored name, text tensors only
     vision: tuple[str, ...]  # stored names
+    files: Callable[[], dict[str, bytes]]  # what is carried along, by file name
+    vocabulary: Callable[[], dict[str, Value]]  # as GGUF metadata
+    carried_bytes: int
+    quantized: str = ""  # the types it is quantized to already
+    assumed: tuple[str, ...] = ()  # settings it should name and does not
+
+    def values(self, tensor: Tensor) -> "Values":
+        """A text tensor's rows as float32."""
+        name = self.names[tensor.hf]
+        return Values(self.weights.rows(name), self.weights[name].dtype)
 
 
-def find_folder(src: str | Path, config_only: bool = False) -> Path:
-    """The local folder of `src`; a hub id is downloaded first, `config_only` fetches nothing but config.json."""
+class Values:
+    """Rows whose slices are converted to float32 when they are taken."""
+
+    def __init__(self, stored: np.ndarray, dtype: str):
+        self.stored, self.dtype = stored, dtype
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return to_float32(self.stored[rows], self.dtype)
+
+
+def find_source(src: str | Path, config_only: bool = False) -> Path:
+    """The local folder or GGUF file of `src`; a hub id is downloaded first.
+
+    config_only: of a folder on the hub, nothing but config.json; and a config.json alone will do.
+    """
+    path = Path(src).expanduser()
+    if path.is_file():
+        return path
     return model_folder(src, ["config.json"] if config_only else SOURCE_FILES)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A folder's or a GGUF file's. Raises DgemmaError."""
+    if path.is_dir():
+        return open_folder(path)
+    from .gguf_source import open_gguf_source  # builds on this module
+
+    return open_gguf_source(path)
+
+
+def open_folder(folder: Path) -> Checkpoint:
     """Check everything that can be checked without reading the weights. Raises DgemmaError."""
     folder = Path(folder)
     raw, config = read_source_config(folder)
@@ -101,12 +149,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         check_coverage(vision, expected, str(folder))
         for name in vision:
             _check_stored(name, weights[name], expected.get(name, weights[name].shape))
-    return Checkpoint(folder, raw, config, weights, names, vision)
+    carried = [folder / name for name in CARRIED if (folder / name).is_file()]
+    return Checkpoint(
+        folder,
+        _name_of(folder),
+        raw,
+        config,
+        read_generation_config(folder),
+        weights,
+        names,
+        vision,
+        files=lambda: {file.name: file.read_bytes() for file in carried},
+        vocabulary=lambda: vocabulary_metadata(folder, config.vocab_size),
+        carried_bytes=sum(file.stat().st_size for file in carried),
+    )
 
 
-def read_source_config(folder: Path) -> tuple[dict, ModelConfig]:
-    """config.json of a checkpoint that can be converted. Raises DgemmaError where it is quantized already."""
-    path = Path(folder) / "config.json"
+def read_source_config(path: Path) -> tuple[dict, ModelConfig]:
+    """config.json (or its folder) of a checkpoint that can be converted. Raises DgemmaError where it is quantized."""
+    path = path if path.suffix == ".json" else Path(path) / "config.json"
     raw = read_json(path)
     config = parse_config(raw, path)
     for key in ("quantization", "quantization_config"):
@@ -116,6 +177,13 @@ def read_source_config(folder: Path) -> tuple[dict, ModelConfig]:
                 "weights; convert the checkpoint it was made from"
             )
     return raw, config
+
+
+def _name_of(folder):
+    """The folder's name; of a hub snapshot (models--owner--name/snapshots/1a2b3c) the repo's."""
+    folder = folder.resolve()
+    repo = folder.parent.parent.name
+    return repo.rsplit("--", 1)[-1] if folder.parent.name == "snapshots" else folder.name
 
 
 def _check_series(folder):

@@ -1,6 +1,6 @@
-"""python -m convert SRC OUT --to mlx --recipe q4
+"""python -m convert SRC OUT --to mlx --recipe q4, or OUT.gguf --to gguf --recipe Q4_K_M
 
-Results go to stdout, the plan and the progress bar to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage,
+`python -m convert imatrix …` is in imatrix_cli.py. Results go to stdout, the plan and the progress bar to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage,
 130 interrupted; after anything but 0 nothing is left behind.
 """
 
@@ -15,14 +15,24 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.units import count, human_bytes
 
-from .api import TARGETS, Planned, convert
-from .recipes import RECIPES
+from .api import Planned, convert
+from .plan_gguf import GgufPlan
+from .recipes import DEFAULTS, TARGETS
 
 
 def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["imatrix"]:
+        from .imatrix_cli import main as imatrix_main
+
+        return imatrix_main(argv[1:])
     args = _parser().parse_args(argv)
     if args.out is None and not args.dry_run:
         _parser().error("OUT is needed, unless --dry-run is given")
+    is_gguf = args.out is not None and args.out.endswith(".gguf")
+    if is_gguf and args.to == "mlx":
+        _parser().error(f"--to mlx writes a folder, found OUT {args.out}")
+    to = args.to or ("gguf" if is_gguf else "mlx")
     console = Console(stderr=True)
     before = signal.signal(signal.SIGTERM, _terminated)  # so that `kill` cleans up as Ctrl-C does
     try:
@@ -30,8 +40,10 @@ def main(argv=None) -> int:
             report = convert(
                 args.src,
                 args.out,
-                to=args.to,
+                to=to,
                 recipe=args.recipe,
+                tensor_types=tuple(args.tensor_type),
+                imatrix=args.imatrix,
                 dry_run=args.dry_run,
                 verify=args.verify,
                 on_event=screen.draw,
@@ -49,22 +61,39 @@ def main(argv=None) -> int:
 
 
 def _parser():
-    recipes = "\n".join(f"  {recipe.name:<6} {recipe.summary}" for recipe in RECIPES.values())
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Convert a DiffusionGemma checkpoint.",
-        epilog=f"recipes:\n{recipes}\n  a JSON file: "
-        '{"name": "mine", "roles": {"expert": "mxfp4", "attention": "q6"}}, every other role q8',
+        description="Convert a DiffusionGemma checkpoint: to a folder for MLX, or to a GGUF file for llama.cpp's world.",
+        epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("src", metavar="SRC", help="checkpoint folder, or a hub id such as owner/name")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="new folder; not needed with --dry-run")
-    parser.add_argument("--to", choices=TARGETS, default="mlx", help="what to write (default: mlx)")
-    parser.add_argument("--recipe", default="q4", metavar="R", help="a recipe below, or a JSON file (default: q4)")
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder, GGUF file, or a hub id such as owner/name")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="new folder or .gguf file; not needed with --dry-run")
+    parser.add_argument("--to", choices=TARGETS, help="what to write (default: gguf where OUT ends so, else mlx)")
+    parser.add_argument("--recipe", metavar="R", help="a recipe below, or a JSON file (default: q4, Q4_K_M)")
+    parser.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        metavar="ROLE=P",
+        help="another precision for one role or GGUF tensor, as expert=Q5_0 or ffn_down_exps=Q5_0; may be repeated",
+    )
+    parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, from llama.cpp or `convert imatrix`")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; needs only config.json")
     parser.add_argument("--verify", action="store_true", help="reopen the result and report the error per role")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
+
+
+def _epilog():
+    lines = []
+    for to, recipes in TARGETS.items():
+        lines.append(f"recipes of --to {to} (default {DEFAULTS[to]}):")
+        lines += [f"  {recipe.name:<6} {recipe.summary}" for recipe in recipes.values()]
+    lines.append("a JSON file serves both:")
+    lines.append('  {"name": "mine", "roles": {"expert": "mxfp4", "attention": "q6"}}, every other role q8')
+    lines.append("python -m convert imatrix --help: collect an importance matrix")
+    return "\n".join(lines)
 
 
 class _Screen:
@@ -86,25 +115,24 @@ class _Screen:
         if self.quiet:
             return
         if isinstance(event, Planned):
-            self.console.print(plan_text(event.plan), highlight=False, markup=False, soft_wrap=True)
+            self.console.print(plan_text(event.plan, event.notes), highlight=False, markup=False, soft_wrap=True)
             self.progress.start()
             self.tasks = {"convert": self.progress.add_task("convert", total=event.plan.total_bytes)}
             if self.verify:
-                words = sum(t.arrays[0].nbytes for t in event.plan.tensors)
-                self.tasks["verify"] = self.progress.add_task("verify", total=words)
+                self.tasks["verify"] = self.progress.add_task("verify", total=event.plan.compared_bytes)
         else:
             self.progress.advance(self.tasks[event.phase], event.bytes)
 
 
-def plan_text(plan) -> str:
+def plan_text(plan, notes) -> str:
     """A table for people: per role tensors, precision, parameters and size, then totals and notes."""
     rows = [("role", "precision", "tensors", "parameters", "size")]
     rows += [(r.role, r.precision, f"{r.tensors:,}", f"{r.parameters:,}", human_bytes(r.bytes)) for r in plan.by_role()]
     rows.append(
-        ("total", plan.recipe.name, f"{len(plan.tensors):,}", f"{plan.parameters:,}", human_bytes(plan.total_bytes))
+        ("total", plan.recipe.name, f"{plan.tensor_count:,}", f"{plan.parameters:,}", human_bytes(plan.total_bytes))
     )
     lines = [_row(row) for row in rows]
-    lines += [f"note: {note}" for note in plan.notes]
+    lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)
 
 
@@ -114,34 +142,38 @@ def _row(row):
 
 
 def _as_text(report):
+    plan = report.plan
     if report.out is None:
-        plan = report.plan
         bits = 8 * plan.total_bytes / plan.parameters
-        return f"{plan_text(plan)}\n{plan.total_bytes} bytes in {_shards(plan)}, {bits:.2f} bits per weight"
+        size = f"{plan.total_bytes} bytes{_pieces(plan)}, {bits:.2f} bits per weight"
+        return f"{plan_text(plan, report.notes)}\n{size}"
     lines = []
     if report.errors is not None:
         lines.append(f"{'role':<18}{'tensors':>8}{'relative error':>16}{'largest':>12}")
         lines += [f"{e.role:<18}{e.tensors:>8,}{e.relative_rms:>16.6f}{e.max_abs:>12.6f}" for e in report.errors]
-    size, seconds = human_bytes(report.plan.total_bytes), report.seconds
-    lines.append(f"{report.out}: {size} in {_shards(report.plan)}, {seconds:.1f} s")
+    lines.append(f"{report.out}: {human_bytes(plan.total_bytes)}{_pieces(plan)}, {report.seconds:.1f} s")
     return "\n".join(lines)
 
 
-def _shards(plan):
-    return count(len(plan.shards), "shard")
+def _pieces(plan):
+    """How the bytes are cut: into shards, or into tensors of several types."""
+    if isinstance(plan, GgufPlan):
+        return " (" + ", ".join(f"{name} {n}" for name, n in plan.histogram().items()) + ")"
+    return " in " + count(len(plan.shards), "shard")
 
 
 def _as_json(report):
     plan = report.plan
+    cut = {"types": plan.histogram()} if isinstance(plan, GgufPlan) else {"shards": len(plan.shards)}
     return {
         "out": None if report.out is None else str(report.out),
         "recipe": plan.recipe.name,
-        "tensors": len(plan.tensors),
+        "tensors": plan.tensor_count,
         "parameters": plan.parameters,
         "bytes": plan.total_bytes,
-        "shards": len(plan.shards),
+        **cut,
         "roles": [r._asdict() for r in plan.by_role()],
-        "notes": list(plan.notes),
+        "notes": list(report.notes),
         "verify": None if report.errors is None else [e._asdict() for e in report.errors],
         "seconds": round(report.seconds, 3),
     }

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from mlx_dgemma.config import ModelConfig
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.floats import STORED_AS, TORCH_NAMES
 from mlx_dgemma.tensors import ROLES, Tensor, text_tensors, vision_tensors
 
-from .floats import STORED_AS, TORCH_NAMES
-from .recipes import FLOAT, Precision, Recipe, fallback
+from .recipes_mlx import FLOAT, Precision, Recipe, fallback
 
 SHARD_BYTES = 5_000_000_000
 
@@ -36,6 +36,9 @@ class PlannedTensor(NamedTuple):
     tensor: Tensor
     source: str  # name in the source
     stored: str  # dtype in the source
+    kept: (
+        str  # dtype of what is not quantized, and of scales; a GGUF's tensors are read in float32 and kept as bfloat16
+    )
     precision: Precision
     wanted: Precision  # what the recipe asked for; differs after a fallback
     arrays: tuple[Array, ...]  # weight, or weight, scales and (affine) biases
@@ -43,6 +46,13 @@ class PlannedTensor(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def precision_name(self) -> str:
+        """For people: the recipe's word, or the dtype where a tensor is not quantized."""
+        if self.precision.is_quantized:
+            return self.precision.name
+        return {"BF16": "bf16", "F32": "fp32", "F16": "fp16"}[self.arrays[0].dtype]
 
     @property
     def module(self) -> str:
@@ -77,23 +87,33 @@ class Plan:
     def shard_name(self, index: int) -> str:
         return f"model-{index + 1:05}-of-{len(self.shards):05}.safetensors"
 
+    @property
+    def tensor_count(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def array_count(self) -> int:
+        return sum(len(t.arrays) for t in self.tensors)
+
+    @property
+    def compared_bytes(self) -> int:
+        """What a verification reads again."""
+        return sum(t.arrays[0].nbytes for t in self.tensors)
+
     def by_role(self) -> list[RoleSummary]:
-        """One line per role and precision, in the order of ROLES."""
-        groups = {}
-        for t in self.tensors:
-            groups.setdefault((t.tensor.role, precision_name(t)), []).append(t)
-        order = list(ROLES)
-        return [
-            RoleSummary(role, name, len(ts), sum(t.tensor.size for t in ts), sum(t.nbytes for t in ts))
-            for (role, name), ts in sorted(groups.items(), key=lambda item: order.index(item[0][0]))
-        ]
+        return by_role(self.tensors)
 
 
-def precision_name(planned: PlannedTensor) -> str:
-    """For people: the recipe's word, or the dtype where a tensor is not quantized."""
-    if planned.precision.is_quantized:
-        return planned.precision.name
-    return {"BF16": "bf16", "F32": "fp32", "F16": "fp16"}[planned.arrays[0].dtype]
+def by_role(tensors) -> list[RoleSummary]:
+    """One line per role and precision of planned tensors (either target's), in the order of ROLES."""
+    groups = {}
+    for t in tensors:
+        groups.setdefault((t.tensor.role, t.precision_name), []).append(t)
+    order = list(ROLES)
+    return [
+        RoleSummary(role, name, len(ts), sum(t.tensor.size for t in ts), sum(t.nbytes for t in ts))
+        for (role, name), ts in sorted(groups.items(), key=lambda item: order.index(item[0][0]))
+    ]
 
 
 def make_plan(
@@ -102,9 +122,14 @@ def make_plan(
     stored: dict[str, tuple[str, str]],
     vision: tuple[Tensor, ...],
     shard_bytes: int = SHARD_BYTES,
+    kept: dict[str, str] | None = None,
 ) -> Plan:
-    """`stored`: Hugging Face name → (name, dtype) in the source, for every text and vision tensor."""
-    tensors = tuple(_plan_tensor(t, recipe, *stored[t.hf]) for t in (*text_tensors(config), *vision))
+    """`stored`: Hugging Face name → (name, dtype) in the source, for every text and vision tensor.
+
+    kept: Hugging Face name → dtype, where it is not the stored one.
+    """
+    kept = {hf: dtype for hf, (_, dtype) in stored.items()} | (kept or {})
+    tensors = tuple(_plan_tensor(t, recipe, *stored[t.hf], kept[t.hf]) for t in (*text_tensors(config), *vision))
     return Plan(recipe, tensors, _into_shards(tensors, shard_bytes), _notes(tensors))
 
 
@@ -153,22 +178,22 @@ def _settings(precision):
     return {"group_size": precision.group_size, "bits": precision.bits, "mode": precision.mode}
 
 
-def _plan_tensor(tensor, recipe, source, stored):
+def _plan_tensor(tensor, recipe, source, stored, kept):
     wanted = recipe.precision(tensor)
     precision = fallback(wanted, tensor.shape[-1]) if wanted.is_quantized else wanted
-    return PlannedTensor(tensor, source, stored, precision, wanted, _arrays(tensor, precision, stored))
+    return PlannedTensor(tensor, source, stored, kept, precision, wanted, _arrays(tensor, precision, kept))
 
 
-def _arrays(tensor, precision, stored):
-    """The file entries of one tensor. Affine scales and biases have the source's dtype, the other modes' are bytes."""
+def _arrays(tensor, precision, kept):
+    """The file entries of one tensor. Affine scales and biases have the kept dtype, the other modes' are bytes."""
     if not precision.is_quantized:
-        return (Array(tensor.mlx, precision.dtype if precision.mode == FLOAT else stored, tensor.shape),)
+        return (Array(tensor.mlx, precision.dtype if precision.mode == FLOAT else kept, tensor.shape),)
     *lead, row = tensor.shape
     module = tensor.mlx.removesuffix(".weight")
     groups = (*lead, row // precision.group_size)
     words = Array(tensor.mlx, "U32", (*lead, row * precision.bits // 32))
     if precision.mode == "affine":
-        return words, Array(f"{module}.scales", stored, groups), Array(f"{module}.biases", stored, groups)
+        return words, Array(f"{module}.scales", kept, groups), Array(f"{module}.biases", kept, groups)
     return words, Array(f"{module}.scales", "U8", groups)
 
 
@@ -188,7 +213,7 @@ def _notes(tensors):
     fell = {}
     for t in tensors:
         if t.precision != t.wanted:
-            key = (t.tensor.role, t.tensor.shape[-1], t.wanted.name, precision_name(t))
+            key = (t.tensor.role, t.tensor.shape[-1], t.wanted.name, t.precision_name)
             fell[key] = fell.get(key, 0) + 1
     return tuple(
         f"{role}: {count} tensors with rows of {row} do not fit the groups of {wanted} and become {given}"

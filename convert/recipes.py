@@ -1,138 +1,78 @@
-"""Recipes: which precision each tensor role gets.
+"""Find a recipe: by name, from a JSON file, with single tensors changed.
 
-Source   mlx.core.quantize for modes, bits and group sizes; the published mixed 4-bit checkpoints and mlx-vlm 0.7.10's
-         quant_predicate for the q4 mixture
+recipes_mlx.py and recipes_gguf.py hold the named recipes of the two targets. A JSON recipe serves both:
 
-A recipe's name is the precision of the experts and of self-conditioning; 91 % of the weights are expert weights, so
-they decide the size. Embeddings, attention, the dense MLP and the router stay at 8 bits everywhere (8.5 bits per
-weight with their scales): they are 9 % of the weights and read at every step. This is the published 4-bit mixture,
-and what mlx-vlm does for every mode.
+    {"name": "mine", "roles": {"expert": "mxfp4", "attention": "q6", "ffn_down_exps": {"mlx": "q5", "gguf": "Q5_0"}}}
 
-Three kinds of tensor are outside every quantized recipe: norms and scalars keep the source's values bit by bit, and so
-does the vision tower. So a quantized folder of a bfloat16 source has bfloat16 norms and scales; one of a float32
-source has float32 norms and scales, because rounding them would be a second, unasked-for quantization.
-
-A recipe file is JSON, {"name": "mine", "roles": {"expert": "mxfp4", "attention": "q6"}}; a role it leaves out is q8.
+A key is a role, or one GGUF tensor of every layer; what is left out is q8. A value is a precision of either target,
+which the other one reads as the nearest it has (EQUIVALENTS), or one per target. `"base": {"mlx": "q4", "gguf":
+"Q4_K_M"}` starts from named recipes instead of q8.
 """
 
+import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_dgemma.config import read_json
 from mlx_dgemma.errors import DgemmaError
-from mlx_dgemma.tensors import QUANTIZED_ROLES, ROLES, Tensor
+from mlx_dgemma.gguf.types import TYPES
+from mlx_dgemma.tensors import LAYER_TENSORS, MODEL_TENSORS, QUANTIZED_ROLES, ROLES
 
-FLOAT, KEEP = "float", "keep"  # modes without groups: cast to one dtype; leave as stored
+from . import recipes_gguf, recipes_mlx
+from .recipes_gguf import GgufRecipe
+from .recipes_mlx import PRECISIONS, Recipe
 
+TARGETS = {"mlx": recipes_mlx.RECIPES, "gguf": recipes_gguf.RECIPES}
+DEFAULTS = {"mlx": "q4", "gguf": "Q4_K_M"}
 
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """How one tensor is stored."""
-
-    name: str  # what a recipe says
-    mode: str  # "affine", "mxfp8", "mxfp4", "nvfp4", FLOAT or KEEP
-    bits: int = 0  # per weight, scales not counted
-    group_size: int = 0  # weights of one row that share a scale
-    dtype: str = ""  # FLOAT: safetensors' tag
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.mode not in (FLOAT, KEEP)
-
-    def fits(self, row: int) -> bool:
-        """A row is cut into whole groups."""
-        return not self.is_quantized or row % self.group_size == 0
-
-
-def _affine(bits, group_size=64):
-    suffix = "" if group_size == 64 else f"-g{group_size}"
-    return Precision(f"q{bits}{suffix}", "affine", bits, group_size)
+# MLX precision ↔ ggml type, for recipes that serve both. The first line of a type or precision is its equivalent.
+# fmt: off
+EQUIVALENTS = (
+    ("fp32", "F32"), ("bf16", "BF16"), ("bf16", "F16"),
+    ("q8", "Q8_0"), ("q6", "Q6_K"), ("q5", "Q5_K"), ("q4", "Q4_K"), ("q3", "Q3_K"), ("q2", "Q2_K"),
+    ("q8-g32", "Q8_0"), ("q6-g32", "Q6_K"), ("q5-g32", "Q5_1"), ("q4-g32", "Q4_1"), ("q3-g32", "Q3_K"),
+    ("q2-g32", "Q2_K"), ("q5-g32", "Q5_0"), ("q4-g32", "Q4_0"), ("q4-g32", "IQ4_NL"), ("q4", "IQ4_XS"),
+    ("q8-g128", "Q8_0"), ("q6-g128", "Q6_K"), ("q5-g128", "Q5_K"), ("q4-g128", "Q4_K"), ("q3-g128", "Q3_K"),
+    ("q2-g128", "Q2_K"), ("mxfp8", "Q8_0"), ("mxfp4", "MXFP4"), ("nvfp4", "MXFP4"),
+)
+# fmt: on
+WRITABLE = [t for t in TYPES if t in {gguf for _, gguf in EQUIVALENTS}]
+# llama.cpp's name for a file is that of most of its weights.
+FILE_TYPES = {r.base: r.file_type for r in reversed(recipes_gguf.RECIPES.values())} | {"MXFP4": 38}
 
 
-AS_STORED = Precision("as stored", KEEP)
-PRECISIONS = {
-    p.name: p
-    for p in (
-        Precision("fp32", FLOAT, dtype="F32"),
-        Precision("bf16", FLOAT, dtype="BF16"),
-        *(_affine(bits, group) for group in (64, 32, 128) for bits in (8, 6, 5, 4, 3, 2)),
-        Precision("mxfp8", "mxfp8", 8, 32),
-        Precision("mxfp4", "mxfp4", 4, 32),
-        Precision("nvfp4", "nvfp4", 4, 16),
-    )
-}
+def find_recipe(name: str | Path, to: str = "mlx", tensor_types: tuple[str, ...] = ()) -> Recipe | GgufRecipe:
+    """A recipe of target `to`. `tensor_types` are changes as typed: "expert=q6", "ffn_down_exps=Q5_0"."""
+    recipe = _named_or_file(name, to)
+    overrides = {}
+    for change in tensor_types:
+        key, equals, precision = change.partition("=")
+        if not equals:
+            raise DgemmaError(f"--tensor-type {change!r} has no '=', expected ROLE={_example(to)}")
+        overrides[_key(key, "--tensor-type", to)] = _precision(precision, key, "--tensor-type", to)
+    return _with_overrides(recipe, overrides)
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """Role → precision. A rule that depends on the layer belongs in `precision`, next to `roles`."""
-
-    name: str
-    summary: str
-    roles: dict[str, Precision]
-    rest: Precision = AS_STORED  # norms and scalars
-
-    def precision(self, tensor: Tensor) -> Precision:
-        """What the recipe wants for a tensor, before `fallback` looks at its row."""
-        if tensor.role == "vision":
-            return AS_STORED
-        return self.roles.get(tensor.role, self.rest)
-
-
-def fallback(precision: Precision, row: int) -> Precision:
-    """The nearest precision whose groups fit a row: a group of 32 for affine, else as stored."""
-    if precision.fits(row):
-        return precision
-    if precision.mode == "affine" and row % 32 == 0:
-        return _affine(precision.bits, 32)
-    return AS_STORED
-
-
-def _mixture(name, summary, experts, self_conditioning=None):
-    roles = dict.fromkeys(QUANTIZED_ROLES, PRECISIONS["q8"])
-    roles["expert"] = PRECISIONS[experts]
-    roles["self_conditioning"] = PRECISIONS[self_conditioning or experts]
-    return Recipe(name, summary, roles)
-
-
-def _uniform(name, summary):
-    precision = PRECISIONS[name]
-    return Recipe(name, summary, dict.fromkeys(QUANTIZED_ROLES, precision), rest=precision)
-
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        _uniform("bf16", "no quantization, bfloat16"),
-        _uniform("fp32", "no quantization, float32"),
-        _mixture("q8", "8-bit affine, groups of 64, everywhere", "q8"),
-        _mixture("q6", "experts and self-conditioning 6-bit affine, the rest 8-bit", "q6"),
-        _mixture("q5", "experts and self-conditioning 5-bit affine, the rest 8-bit", "q5"),
-        _mixture("q4", "the published mixture: experts and self-conditioning 4-bit affine, the rest 8-bit", "q4"),
-        _mixture("q3", "experts 3-bit affine, self-conditioning 4-bit, the rest 8-bit", "q3", "q4"),
-        _mixture("mxfp8", "experts and self-conditioning mxfp8, the rest 8-bit affine", "mxfp8"),
-        _mixture("mxfp4", "experts and self-conditioning mxfp4, the rest 8-bit affine", "mxfp4"),
-        _mixture("nvfp4", "experts and self-conditioning nvfp4, the rest 8-bit affine", "nvfp4"),
-    )
-}
-
-
-def find_recipe(name: str | Path) -> Recipe:
-    """A recipe by name, or from a JSON file by its path."""
-    if str(name) in RECIPES:
-        return RECIPES[str(name)]
+def _named_or_file(name, to):
+    recipes = TARGETS[to]
+    if str(name) in recipes:
+        return recipes[str(name)]
+    for other, theirs in TARGETS.items():
+        if str(name) in theirs:
+            raise DgemmaError(
+                f"recipe {str(name)!r} is for --to {other}, expected one of {', '.join(recipes)} for --to {to}"
+            )
     path = Path(name)
     if path.suffix == ".json" or path.is_file():
-        return _read_recipe(path)
+        return _read_recipe(path, to)
     raise DgemmaError(
-        f"recipe {str(name)!r} is not known, expected one of {', '.join(RECIPES)}, or the path of a JSON recipe file"
+        f"recipe {str(name)!r} is not known, expected one of {', '.join(recipes)}, or the path of a JSON recipe file"
     )
 
 
-def _read_recipe(path):
+def _read_recipe(path, to):
     raw = read_json(path, "recipe")
-    if set(raw) - {"name", "roles"} or not isinstance(raw.get("roles"), dict):
+    if set(raw) - {"name", "base", "roles"} or not isinstance(raw.get("roles"), dict):
         raise DgemmaError(
             f"{path}: found the keys {sorted(raw)}, expected "
             '{"name": "...", "roles": {"expert": "q4", ...}}; correct the recipe file'
@@ -140,15 +80,71 @@ def _read_recipe(path):
     name = raw.get("name", path.stem)
     if not isinstance(name, str):
         raise DgemmaError(f"{path}: name is {name!r}, expected a string; correct the recipe file")
-    roles = dict.fromkeys(QUANTIZED_ROLES, PRECISIONS["q8"])
-    for role, precision in raw["roles"].items():
-        if role not in QUANTIZED_ROLES:
-            why = "is never quantized" if role in ROLES else "is not known"
-            raise DgemmaError(f"{path}: role {role!r} {why}, expected some of {', '.join(QUANTIZED_ROLES)}")
-        if not isinstance(precision, str) or precision not in PRECISIONS:
-            raise DgemmaError(
-                f"{path}: precision {json.dumps(precision)} of {role} is not known, "
-                f"expected one of {', '.join(PRECISIONS)}"
-            )
-        roles[role] = PRECISIONS[precision]
-    return Recipe(name, f"from {path.name}", roles)
+    overrides = {}
+    for key, value in raw["roles"].items():
+        value = _for_target(value, key, path, to)
+        if key == "router" and to == "gguf":
+            continue  # F32 in every GGUF; a recipe that serves both may still name it
+        overrides[_key(key, path, to)] = _precision(value, key, path, to)
+    summary = f"from {path.name}"
+    if (base := _for_target(raw.get("base"), "base", path, to)) is not None:
+        if base not in TARGETS[to]:
+            raise DgemmaError(f"{path}: base is {json.dumps(base)}, expected one of {', '.join(TARGETS[to])}")
+        renamed = {"name": name, "summary": summary}
+        start = TARGETS[to][base]
+        start = start._replace(**renamed) if to == "gguf" else dataclasses.replace(start, **renamed)
+    elif to == "gguf":
+        start = GgufRecipe(name, FILE_TYPES[overrides.get("expert", "Q8_0")], summary, "Q8_0")
+    else:
+        start = Recipe(name, summary, dict.fromkeys(QUANTIZED_ROLES, PRECISIONS["q8"]))
+    return _with_overrides(start, overrides)
+
+
+def _for_target(value, key, path, to):
+    """A value that is the same for both targets, or one for each."""
+    if not isinstance(value, dict):
+        return value
+    if set(value) != set(TARGETS):
+        raise DgemmaError(f'{path}: {key} is {json.dumps(value)}, expected {{"mlx": "...", "gguf": "..."}}')
+    return value[to]
+
+
+def _with_overrides(recipe, overrides):
+    merged = recipe.overrides | overrides
+    if isinstance(recipe, GgufRecipe):
+        return recipe._replace(overrides=merged)
+    return dataclasses.replace(recipe, overrides=merged)
+
+
+def _key(key, where, to):
+    """A role, or a GGUF tensor, that is quantized."""
+    rows = [row for row in (*MODEL_TENSORS, *LAYER_TENSORS) if row.role in TARGET_ROLES[to]]
+    parts = [row.gguf.removesuffix(".weight") for row in rows]
+    if key in TARGET_ROLES[to] or key in parts:
+        return key
+    why = "is never quantized" if key in ROLES else "is not known"
+    if key == "router":
+        why = "stays F32 in a GGUF, as llama.cpp wants it"
+    raise DgemmaError(
+        f"{where}: role {key!r} {why}, expected some of {', '.join(TARGET_ROLES[to])}, or a tensor: {', '.join(parts)}"
+    )
+
+
+TARGET_ROLES = {"mlx": QUANTIZED_ROLES, "gguf": recipes_gguf.GGUF_QUANTIZED_ROLES}
+
+
+def _precision(value, key, where, to):
+    """The target's own word, or its equivalent of the other's."""
+    words = PRECISIONS if to == "mlx" else WRITABLE
+    if isinstance(value, str) and value not in words:
+        column = ("mlx", "gguf").index(to)
+        value = next((pair[column] for pair in EQUIVALENTS if pair[1 - column] == value), value)
+    if not isinstance(value, str) or value not in words:
+        raise DgemmaError(
+            f"{where}: precision {json.dumps(value)} of {key} is not known, expected one of {', '.join(words)}"
+        )
+    return PRECISIONS[value] if to == "mlx" else value
+
+
+def _example(to):
+    return {"mlx": "q6", "gguf": "Q5_0"}[to]

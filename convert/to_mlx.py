@@ -7,7 +7,6 @@ Differs  mlx-vlm builds the model and quantizes whole modules; here memory holds
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.config import released_spelling
+from mlx_dgemma.floats import TORCH_NAMES, cast
 from mlx_dgemma.shards import INDEX
 
-from .checkpoint import CARRIED, Checkpoint
-from .floats import TORCH_NAMES, cast
+from .checkpoint import Checkpoint
 from .plan import Plan, quantization_block
-from .recipes import Precision
+from .recipes_mlx import Precision
 from .writer import ShardWriter
 
 PIECE = 1 << 24  # weights quantized at a time: 64 MB in float32
@@ -47,9 +46,8 @@ def write_folder(checkpoint: Checkpoint, plan: Plan, folder: Path, wrote: Callab
     }
     _write_json(folder / INDEX, index)
     _write_json(folder / "config.json", output_config(checkpoint, plan))
-    for name in CARRIED:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
+    for name, content in checkpoint.files().items():
+        (folder / name).write_bytes(content)
 
 
 def output_config(checkpoint: Checkpoint, plan: Plan) -> dict:
@@ -82,7 +80,7 @@ def _pieces(rows, planned) -> Iterator[tuple[np.ndarray, ...]]:
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]
         if planned.precision.is_quantized:
-            yield quantize(piece, planned.stored, planned.precision)
+            yield quantize(cast(piece, planned.stored, planned.kept), planned.kept, planned.precision)
         else:
             yield (cast(piece, planned.stored, planned.arrays[0].dtype),)
 

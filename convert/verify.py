@@ -7,33 +7,20 @@ Differs  numpy alone, and settings found as a loader finds them (config.json and
          mistake of the writer cannot hide in its own reader
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import safetensors
 
 from mlx_dgemma.config import parse_config, read_json
-from mlx_dgemma.errors import DgemmaError
-from mlx_dgemma.tensors import ROLES, check_coverage, check_shape, text_tensors
+from mlx_dgemma.floats import to_float32
+from mlx_dgemma.quality import RoleError, TensorError, check_source, failed, role_errors
+from mlx_dgemma.tensors import check_coverage, check_shape, text_tensors
 
 from .checkpoint import Checkpoint, Weights
-from .floats import to_float32
 
 PIECE = 1 << 22  # weights compared at a time
-# Far above what any mode loses on real weights (3 bits: about 0.2), far below scrambled ones (about 1.4).
-MAX_RELATIVE_ERROR = 0.6
-
-
-class RoleError(NamedTuple):
-    """What one role lost. relative_rms = rms(written − source) / rms(source)"""
-
-    role: str
-    tensors: int
-    relative_rms: float
-    max_abs: float
 
 
 def verify_folder(checkpoint: Checkpoint, folder: Path, checked: Callable[[str, int], None]) -> list[RoleError]:
@@ -46,7 +33,7 @@ def verify_folder(checkpoint: Checkpoint, folder: Path, checked: Callable[[str, 
     config = parse_config(raw, path)
     block = raw.get("quantization", {})
     if raw.get("quantization_config", {}) != block:
-        raise _failed(f"{path}: quantization and quantization_config differ")
+        raise failed(f"{path}: quantization and quantization_config differ")
     weights = Weights(folder)
     _open_with_safetensors(weights)
     pairs = [(t.role, checkpoint.names[t.hf], t.mlx) for t in text_tensors(config)]
@@ -54,11 +41,11 @@ def verify_folder(checkpoint: Checkpoint, folder: Path, checked: Callable[[str, 
     settings = {mlx: _settings(weights, mlx, block, path) for _, _, mlx in pairs}
     wanted = [name for mlx, found in settings.items() for name in _parts(mlx, found)]
     check_coverage(weights.tensors, wanted, str(folder))
-    sums = {}
+    errors = {}
     for role, source, name in pairs:
         one = _compare(checkpoint.weights, source, weights, name, settings[name], checked)
-        sums.setdefault(role, []).append(one)
-    return [_role_error(role, sums[role]) for role in ROLES if role in sums]
+        errors.setdefault(role, []).append(one)
+    return role_errors(errors)
 
 
 def dequantize(words: np.ndarray, scales: np.ndarray, biases: np.ndarray | None, settings: dict) -> np.ndarray:
@@ -111,7 +98,7 @@ def _open_with_safetensors(weights):
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dictionary)
         theirs = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
         if ours != theirs:
-            raise _failed(f"{file}: the safetensors library reads another header")
+            raise failed(f"{file}: the safetensors library reads another header")
 
 
 def _settings(weights, name, block, path):
@@ -121,7 +108,7 @@ def _settings(weights, name, block, path):
         return None
     settings = block.get(module) or {key: block[key] for key in ("group_size", "bits", "mode") if key in block}
     if not {"group_size", "bits"} <= set(settings):
-        raise _failed(f"{path}: its quantization block has no settings for {module}")
+        raise failed(f"{path}: its quantization block has no settings for {module}")
     return {"mode": "affine"} | settings
 
 
@@ -134,7 +121,6 @@ def _parts(name, settings):
 
 
 def _compare(source, source_name, output, name, settings, checked):
-    """Sums over one tensor: squared error, squared source, largest error."""
     old = source.rows(source_name)
     old_tag, new_tag = source[source_name].dtype, output[name].dtype
     words = output.rows(name)
@@ -142,33 +128,26 @@ def _compare(source, source_name, output, name, settings, checked):
         check_shape(name, output[name].shape, source[source_name].shape, str(output[name].file))
     else:
         scales, biases = _scales(output, name.removesuffix(".weight"), settings, old.shape)
-    squared_error = squared = largest = 0.0
+    error = TensorError()
     step = max(1, PIECE // old.shape[-1])
-    for start in range(0, len(old), step):
-        rows = slice(start, start + step)
-        want = to_float32(old[rows], old_tag)
-        if not np.isfinite(want).all():
-            raise DgemmaError(
-                f"{source[source_name].file}: {source_name} holds infinity or NaN, expected numbers; "
-                "download the checkpoint again"
-            )
-        if settings is None:
-            got = to_float32(words[rows], new_tag)
-        else:
-            got = dequantize(words[rows], scales(rows), biases(rows), settings)
-        check_shape(name, got.shape, want.shape, str(output[name].file))
-        error = np.abs(got - want)
-        largest = max(largest, float(error.max(initial=0.0)))
-        if not math.isfinite(largest) or np.isnan(error).any():
-            raise _failed(f"{output[name].file}: {name} is not finite")
-        squared_error += float(np.square(error, dtype=np.float64).sum())
-        squared += float(np.square(want, dtype=np.float64).sum())
-        checked(name, words[rows].nbytes)
-    if settings is None and old_tag == new_tag and largest > 0:
-        raise _failed(f"{output[name].file}: {name} differs from the source by {largest}, expected a copy")
-    if squared_error > MAX_RELATIVE_ERROR**2 * squared:
-        raise _failed(f"{output[name].file}: {name} has a relative error of {math.sqrt(squared_error / squared):.2f}")
-    return squared_error, squared, largest
+    try:
+        for start in range(0, len(old), step):
+            rows = slice(start, start + step)
+            want = to_float32(old[rows], old_tag)
+            check_source(want, source_name, source[source_name].file)
+            if settings is None:
+                got = to_float32(words[rows], new_tag)
+            else:
+                got = dequantize(words[rows], scales(rows), biases(rows), settings)
+            check_shape(name, got.shape, want.shape, str(output[name].file))
+            error.add(want, got)
+            checked(name, words[rows].nbytes)
+        if settings is None and old_tag == new_tag and error.largest > 0:
+            raise ValueError(f"differs from the source by {error.largest}, expected a copy")
+        error.check()
+    except ValueError as found:
+        raise failed(f"{output[name].file}: {name} {found}") from None
+    return error
 
 
 def _scales(output, module, settings, shape):
@@ -182,13 +161,3 @@ def _scales(output, module, settings, shape):
 
     affine = settings["mode"] == "affine"
     return reader("scales"), reader("biases") if affine else lambda rows: None
-
-
-def _role_error(role, sums):
-    squared_error, squared, largest = (np.array(column) for column in zip(*sums, strict=True))
-    relative = math.sqrt(squared_error.sum() / squared.sum()) if squared.sum() else 0.0
-    return RoleError(role, len(sums), relative, float(largest.max()))
-
-
-def _failed(found):
-    return DgemmaError(f"verification failed: {found}; nothing was kept. Please report this as a defect")

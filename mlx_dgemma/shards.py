@@ -3,15 +3,18 @@
 Source   safetensors format: 8 bytes header length, JSON header, data; model.safetensors.index.json of transformers
 Differs  a header is checked against the file's size here, so a truncated download is named before it is mapped
 
-Standard library only; the loader, the converter and the verifier start from these entries.
+The loader, the converter and the verifiers start from these entries. Needs no MLX.
 """
 
 import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from .config import read_json
 from .errors import DgemmaError
+from .floats import STORED_AS
 
 INDEX = "model.safetensors.index.json"
 # mlx-optiq keeps these beside the shards, under names of its own; they hold nothing of the text model.
@@ -50,6 +53,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 )
             tensors[name] = entry
     return tensors
+
+
+def rows(t: StoredTensor) -> np.ndarray:
+    """A view of one tensor, every axis but the last folded into one; BF16 as its bits, uint16. (rows, row)
+
+    Each is mapped on its own, so that letting go of it gives its memory back.
+    """
+    data = np.memmap(t.file, np.uint8, "r", offset=t.start, shape=t.nbytes) if t.nbytes else np.empty(0, np.uint8)
+    # A header need not leave the data on a multiple of the item size; a copy is aligned.
+    aligned = data if t.start % ITEM_BYTES[t.dtype] == 0 else data.copy()
+    row = t.shape[-1] if t.shape else 1  # a clipping bound of a vision tower has no axis
+    return aligned.view(STORED_AS[t.dtype]).reshape(-1, row)
 
 
 def shard_files(folder: Path) -> list[Path]:

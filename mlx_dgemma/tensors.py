@@ -105,6 +105,11 @@ class Tensor(NamedTuple):
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def gguf_part(self) -> str:
+        """The GGUF name without layer and ".weight", as llama.cpp's users say it: "ffn_down_exps"."""
+        return self.gguf.removesuffix(".weight").rsplit(".", 1)[-1]
+
 
 @functools.lru_cache(maxsize=8)
 def text_tensors(config: ModelConfig) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """Text ↔ token ids, and the chat template. Needs no MLX, so every engine uses it.
 
-Source   `tokenizer.json` through tokenizers, or `tokenizer.model` through sentencepiece; `chat_template.jinja`
-         rendered by jinja2 with the settings of transformers' apply_chat_template
+Source   `tokenizer.json` through tokenizers, or `tokenizer.model` through sentencepiece, from a folder or as a GGUF's
+         metadata holds them; `chat_template.jinja` rendered by jinja2 with the settings of transformers'
+         apply_chat_template
 Differs  a prompt that holds a special-looking token this vocabulary lacks is refused, not split into characters
 """
 
@@ -9,13 +10,16 @@ import datetime
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .config import ModelConfig, read_json
 from .errors import DgemmaError
+
+if TYPE_CHECKING:
+    from .gguf.reader import GgufFile
 
 # What a special token of this family looks like: <|name>, <name|> or <|name|>.
 SPECIAL_SHAPE = re.compile(r"<\|[a-z_]+\|?>|<[a-z_]+\|>")
@@ -41,20 +45,33 @@ class Vocabulary(Protocol):
 
 
 class Tokenizer:
-    """The vocabulary and chat template of a model folder.
+    """The vocabulary and chat template of a model folder, or of a GGUF (`Tokenizer.from_gguf`).
 
     Raises DgemmaError where a file is missing, unreadable or larger than the model's vocabulary.
     """
 
     def __init__(self, folder: Path, config: ModelConfig):
-        self.folder = Path(folder)
-        self.vocabulary = _open_vocabulary(self.folder)
-        if self.vocabulary.size > config.vocab_size:
+        folder = Path(folder)
+        self._set_up(folder, _open_vocabulary(folder), template_source(folder), config)
+
+    @classmethod
+    def from_gguf(cls, file: "GgufFile", config: ModelConfig) -> "Tokenizer":
+        """The vocabulary and chat template in a GGUF's metadata; no other file is read. Raises DgemmaError."""
+        from .gguf.vocabulary import chat_template, vocabulary_file  # which imports the vocabularies below
+
+        name, content = vocabulary_file(file)
+        tokenizer = cls.__new__(cls)
+        tokenizer._set_up(file.path, VOCABULARIES[name](content, file.path), chat_template(file), config)
+        return tokenizer
+
+    def _set_up(self, path, vocabulary, template, config):
+        if vocabulary.size > config.vocab_size:
             raise DgemmaError(
-                f"{folder}: the tokenizer has {self.vocabulary.size} tokens and the model {config.vocab_size}; "
+                f"{path}: the tokenizer has {vocabulary.size} tokens and the model {config.vocab_size}; "
                 "the files belong to different models"
             )
-        self.template = _open_template(self.folder)
+        self.path, self.vocabulary = path, vocabulary
+        self.template = None if template is None else _compile_template(template, path)
         self._channel = self.vocabulary.token_id("<|channel>"), self.vocabulary.token_id("<channel|>")
 
     def encode(self, text: str) -> list[int]:
@@ -90,7 +107,8 @@ class Tokenizer:
                 check_prompt(message["role"], message.get("content"))
                 self._check_special_tokens(message["content"])
         if self.template is None:
-            raise DgemmaError(f"{self.folder}: found no chat_template.jinja; download the checkpoint again")
+            missing = "chat_template.jinja" if self.path.is_dir() else "chat template"
+            raise DgemmaError(f"{self.path}: found no {missing}; download the model again")
         try:
             text = self.template.render(
                 messages=messages,
@@ -99,15 +117,15 @@ class Tokenizer:
                 add_generation_prompt=reply_next,
                 enable_thinking=thinking,
             )
-        except jinja2.TemplateError as error:
-            raise DgemmaError(f"{self.folder}: the chat template refused the conversation ({error})") from None
+        except Exception as error:  # a template is a program from a file: it may fail in any way
+            raise DgemmaError(f"{self.path}: the chat template refused the conversation ({error})") from None
         return self.encode(text)
 
     def _check_special_tokens(self, content):
         for match in SPECIAL_SHAPE.finditer(content):
             if self.vocabulary.token_id(match[0]) is None:
                 raise DgemmaError(
-                    f"the prompt holds {match[0]!r}, which is not a special token of {self.folder.name}; "
+                    f"the prompt holds {match[0]!r}, which is not a special token of {self.path.name}; "
                     "write it with a space inside if it is meant as text"
                 )
 
@@ -128,13 +146,13 @@ def check_prompt(role: str, content) -> None:
 
 
 class JsonVocabulary:
-    """tokenizer.json"""
+    """The content of a tokenizer.json. path: named in errors."""
 
-    def __init__(self, path: Path):
+    def __init__(self, content: bytes, path: Path):
         import tokenizers
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
             raise DgemmaError(f"{path}: not a tokenizer ({error}); download the file again") from None
         self._tokenizer.no_padding()
@@ -155,18 +173,18 @@ class JsonVocabulary:
 
 
 class SentencePieceVocabulary:
-    """tokenizer.model"""
+    """The content of a tokenizer.model. path: named in errors."""
 
-    def __init__(self, path: Path):
+    def __init__(self, content: bytes, path: Path):
         import sentencepiece
 
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
             raise DgemmaError(f"{path}: not a SentencePiece model ({error}); download the file again") from None
         self.size = self._model.get_piece_size()
         pieces = (self._model.id_to_piece(i) for i in range(self.size))
-        special = [p for p in pieces if SPECIAL_SHAPE.fullmatch(p)] + ["<bos>", "<eos>", "<pad>"]
+        special = [p for p in pieces if SPECIAL_SHAPE.fullmatch(p)] + ["<bos>", "<eos>", "<pad>", "<unk>"]
         self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
     def encode(self, text):
@@ -193,21 +211,38 @@ class SentencePieceVocabulary:
         return self._model.id_to_piece(token_id) if token_id < self.size else ""
 
 
+VOCABULARIES = {"tokenizer.json": JsonVocabulary, "tokenizer.model": SentencePieceVocabulary}  # the first one wins
+
+
 def _open_vocabulary(folder) -> Vocabulary:
-    for name, kind in (("tokenizer.json", JsonVocabulary), ("tokenizer.model", SentencePieceVocabulary)):
+    for name, kind in VOCABULARIES.items():
         if (folder / name).exists():
-            return kind(folder / name)
+            return kind(_read(folder / name), folder / name)
     raise DgemmaError(f"{folder}: found no tokenizer.json and no tokenizer.model; download the checkpoint again")
 
 
-def _open_template(folder):
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DgemmaError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def template_source(folder: Path) -> str | None:
+    """The chat template of a model folder, or None. Raises DgemmaError."""
     path, config_path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if path.exists():
-        source = path.read_text(encoding="utf-8")
-    elif config_path.exists() and read_json(config_path).get("chat_template"):
-        source = read_json(config_path)["chat_template"]
-    else:
-        return None
+        try:
+            return _read(path).decode()
+        except UnicodeDecodeError:
+            raise DgemmaError(f"{path}: not UTF-8 text; download the file again") from None
+    source = read_json(config_path).get("chat_template") if config_path.exists() else None
+    if source is not None and not isinstance(source, str):
+        raise DgemmaError(f"{config_path}: chat_template is a {type(source).__name__}, expected one template as text")
+    return source or None
+
+
+def _compile_template(source, path):
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -216,8 +251,8 @@ def _open_template(folder):
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise DgemmaError(f"{folder}: the chat template is not valid ({error}); download it again") from None
+    except Exception as error:  # nested too deep for Python's compiler, for one
+        raise DgemmaError(f"{path}: the chat template is not valid ({error}); download it again") from None
 
 
 def _raise(message):

@@ -8,10 +8,11 @@ import pytest
 
 import convert.to_mlx
 import convert.verify
-from convert import RECIPES, Planned, Worked
+from convert import Planned, Worked
 from convert import convert as run
 from convert.checkpoint import open_checkpoint
-from convert.recipes import PRECISIONS, find_recipe
+from convert.recipes import find_recipe
+from convert.recipes_mlx import PRECISIONS, RECIPES
 from convert.verify import E2M1, E4M3, E8M0, dequantize
 from mlx_dgemma.config import parse_config
 from mlx_dgemma.errors import DgemmaError
@@ -95,7 +96,7 @@ def test_float_recipes_have_no_quantization_block_and_name_their_dtype(tiny, tmp
 
 
 def test_shards_and_index(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert.api, "make_plan", lambda *args: PLAN(*args, shard_bytes=200_000))
+    monkeypatch.setattr(convert.api, "make_plan", lambda *args, **kept: PLAN(*args, shard_bytes=200_000, **kept))
     report = run(tiny, tmp_path / "out", recipe="q8", verify=True)
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     n = len(report.plan.shards)

@@ -10,7 +10,8 @@ import pytest
 
 from convert import convert
 from convert.plan import make_plan, plan_from_config, quantization_block
-from convert.recipes import PRECISIONS, RECIPES, fallback, find_recipe
+from convert.recipes import find_recipe
+from convert.recipes_mlx import PRECISIONS, RECIPES, fallback
 from mlx_dgemma.config import parse_config
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.tensors import QUANTIZED_ROLES, text_tensors
@@ -160,7 +161,7 @@ def test_shards_keep_tensors_whole_and_in_order():
 def test_a_recipe_file(tmp_path):
     write_json(tmp_path / "r.json", {"name": "mine", "roles": {"expert": "mxfp4", "attention": "q6-g32"}})
     recipe = find_recipe(tmp_path / "r.json")
-    names = {role: precision.name for role, precision in recipe.roles.items()}
+    names = {role: precision.name for role, precision in (recipe.roles | recipe.overrides).items()}
     assert recipe.name == "mine"
     assert names == dict.fromkeys(QUANTIZED_ROLES, "q8") | {"expert": "mxfp4", "attention": "q6-g32"}
 

@@ -16,9 +16,11 @@ MAY_IMPORT = {
 # fmt: off
 WITHOUT_MLX = [
     "config", "tensors", "noise", "errors", "shards", "hub", "tokenizer", "units",
-    "events", "schedule", "denoise", "session", "view", "cli",
+    "events", "schedule", "denoise", "session", "view", "cli", "floats", "quality",
+    "gguf.model", "gguf.metadata", "gguf.vocabulary", "gguf.rope",
 ]
 # fmt: on
+WITH_MLX = ["loading", "model", "engine", "api", "gguf_weights", "attention", "moe", "layers", "cache", "sampler", "masks"]
 
 
 def imported(file):
@@ -32,14 +34,26 @@ def imported(file):
 @pytest.mark.parametrize("package", [name for name in MAY_IMPORT if (ROOT / name).is_dir()])
 def test_a_package_imports_only_what_it_may(package):
     ours = {*MAY_IMPORT, "demo", "tests", "benchmarks"}
-    for file in (ROOT / package).glob("*.py"):
+    for file in (ROOT / package).rglob("*.py"):
         found = {module.split(".")[0] for module in imported(file)} & ours
         assert found <= MAY_IMPORT[package] | {package}, f"{file.relative_to(ROOT)} imports {found}"
 
 
-def test_only_to_mlx_uses_mlx_in_convert():
-    users = {f.name for f in (ROOT / "convert").glob("*.py") if any(m.split(".")[0] == "mlx" for m in imported(f))}
-    assert users == {"to_mlx.py"}
+def uses_mlx(file):
+    """mlx itself, or a module of ours that needs it."""
+    needs = {"mlx_dgemma." + name for name in WITH_MLX}
+    return any(module.split(".")[0] == "mlx" or module in needs for module in imported(file))
+
+
+def test_only_the_mlx_writer_and_the_calibration_use_mlx_in_convert():
+    assert {f.name for f in (ROOT / "convert").glob("*.py") if uses_mlx(f)} == {"to_mlx.py", "calibrate.py"}
+
+
+def test_gguf_export_works_where_mlx_does_not_install():
+    assert not [f.name for f in (ROOT / "gguf_export").glob("*.py") if uses_mlx(f)]
+    modules = ", ".join(f"gguf_export.{f.stem}" for f in (ROOT / "gguf_export").glob("*.py") if f.stem != "__main__")
+    code = f"import sys; sys.modules['mlx'] = None; import {modules}, convert.cli, convert.to_gguf, convert.gguf_source"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("module", WITHOUT_MLX)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import mlx_dgemma
-from convert import RECIPES, convert
+from convert import convert
+from convert.recipes_mlx import RECIPES
 from mlx_dgemma.config import read_config
 from mlx_dgemma.loading import check_weights
 from mlx_dgemma.shards import stored_tensors

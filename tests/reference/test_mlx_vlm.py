@@ -13,7 +13,8 @@ from mlx_vlm.convert import convert as vlm_convert
 from mlx_vlm.utils import load_model as vlm_load
 
 import mlx_dgemma
-from convert import RECIPES, convert
+from convert import convert
+from convert.recipes_mlx import RECIPES
 from tests.tiny import make_tiny_checkpoint, write_json
 
 # Measured 4e-6 at most over all recipes, in float32: two orders of summation, the same weights.

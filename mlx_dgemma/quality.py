@@ -1,0 +1,66 @@
+"""What a stored copy of the weights lost against its source, role by role.
+
+Shapes   rows of both sides, float32, compared piece by piece
+Source   the usual relative root-mean-square error; both verifiers (MLX folder, GGUF file) use it
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import DgemmaError
+from .tensors import ROLES
+
+# Far above what any type loses on real weights (2 bits: about 0.3), far below scrambled ones (about 1.4).
+MAX_RELATIVE_ERROR = 0.6
+
+
+class RoleError(NamedTuple):
+    """What one role lost. relative_rms = rms(written − source) / rms(source)"""
+
+    role: str
+    tensors: int
+    relative_rms: float
+    max_abs: float
+
+
+class TensorError:
+    """Sums over the pieces of one tensor."""
+
+    def __init__(self):
+        self.squared_error = self.squared = self.largest = 0.0
+
+    def add(self, want: np.ndarray, got: np.ndarray) -> None:
+        """One piece. Raises ValueError where `got` is not finite."""
+        error = np.abs(got - want)
+        if not np.isfinite(error).all():
+            raise ValueError("is not finite")
+        self.largest = max(self.largest, float(error.max(initial=0.0)))
+        self.squared_error += float(np.square(error, dtype=np.float64).sum())
+        self.squared += float(np.square(want, dtype=np.float64).sum())
+
+    def check(self) -> None:
+        """Raises ValueError where this is not the same tensor at all."""
+        if self.squared_error > MAX_RELATIVE_ERROR**2 * self.squared:
+            raise ValueError(f"has a relative error of {math.sqrt(self.squared_error / self.squared):.2f}")
+
+
+def check_source(values: np.ndarray, name: str, file) -> None:
+    if not np.isfinite(values).all():
+        raise DgemmaError(f"{file}: {name} holds infinity or NaN, expected numbers; download the checkpoint again")
+
+
+def role_errors(by_role: dict[str, list[TensorError]]) -> list[RoleError]:
+    """One line per role, in the order of ROLES."""
+    lines = []
+    for role in (role for role in ROLES if role in by_role):
+        errors = by_role[role]
+        squared = sum(e.squared for e in errors)
+        relative = math.sqrt(sum(e.squared_error for e in errors) / squared) if squared else 0.0
+        lines.append(RoleError(role, len(errors), relative, max(e.largest for e in errors)))
+    return lines
+
+
+def failed(found: str) -> DgemmaError:
+    return DgemmaError(f"verification failed: {found}; nothing was kept. Please report this as a defect")
