@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from mlx_dgemma.gguf.vocabulary import vocabulary_metadata
 
 from mlx_dgemma.config import GenerationConfig, ModelConfig, parse_config, read_generation_config, read_json
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.floats import to_float32
 from mlx_dgemma.gguf.reader import Value
 from mlx_dgemma.gguf.types import Type
+from mlx_dgemma.gguf.vocabulary import vocabulary_metadata
 from mlx_dgemma.hub import model_folder
 from mlx_dgemma.shards import AGAIN, FLOATS, INDEX, StoredTensor, rows, stored_tensors
 from mlx_dgemma.tensors import Tensor, check_coverage, check_shape, is_ignored, is_vision, text_tensors

@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+
 from mlx_dgemma.gguf.metadata import SAMPLER_KEYS
 from mlx_dgemma.gguf.model import GgufModel, open_gguf
-from mlx_dgemma.gguf.vocabulary import tokenizer_files
-
 from mlx_dgemma.gguf.types import FLOATS, Type
+from mlx_dgemma.gguf.vocabulary import tokenizer_files
 from mlx_dgemma.shards import StoredTensor
 from mlx_dgemma.tensors import Tensor, text_tensors
 

@@ -1,8 +1,9 @@
 """The importance matrix: how much each input channel of a matrix matters, in llama.cpp's GGUF form.
 
 Shapes   `<tensor>.in_sum2` (experts, row) and `<tensor>.counts` (experts, 1), float32; experts is 1 for a matrix
-Source   llama.cpp, tools/imatrix (writes) and tools/quantize (reads)
-Differs  experts whose gate and up are stored apart have the same inputs, so either's entry serves the fused tensor
+Source   llama.cpp: tools/imatrix (writes), common/imatrix-loader.cpp and tools/quantize (read)
+Differs  experts whose gate and up are stored apart have the same inputs, so either's entry serves the fused tensor.
+         A channel that was always zero keeps a trace of importance: where a block has none, ggml writes zeros
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from mlx_dgemma.gguf.types import TYPES
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 FUSED, SPLIT = "ffn_gate_up_exps", ("ffn_gate_exps", "ffn_up_exps")
+TRACE = 1e-6  # of the mean importance
 NEXT = "collect it again with `python -m convert imatrix`"
 
 
@@ -26,27 +28,27 @@ class Entry(NamedTuple):
 
 
 class Imatrix(NamedTuple):
-    path: Path
+    path: Path | None  # None: collected, not stored yet
     entries: dict[str, Entry]  # by GGUF tensor name
     datasets: tuple[str, ...] = ()
     chunks: int = 0  # what was read, in pieces of chunk_size tokens
     chunk_size: int = 0
 
     def weights(self, name: str, experts: int, row: int) -> np.ndarray | None:
-        """(experts, row) float32: mean squared inputs; ones for an expert that saw none; None without an entry.
+        """(experts, row) float32: mean squared inputs; ones where an expert saw nothing; None without an entry.
 
         Raises DgemmaError where the entry has another size.
         """
         entry = next((self.entries[key] for key in _names(name) if key in self.entries), None)
         if entry is None:
             return None
-        if entry.sums.shape != (experts, row):
+        # Files made from llama.cpp's older form have one count, and the experts in one line.
+        if entry.sums.size != experts * row or len(entry.counts) not in (1, experts):
             raise DgemmaError(
                 f"{self.path}: {name} has importance for {entry.sums.shape} (experts, columns), expected "
                 f"{(experts, row)}; the importance matrix belongs to another model"
             )
-        counts = entry.counts[:, None]
-        return np.where(counts > 0, entry.sums / np.maximum(counts, 1e-30), np.float32(1)).astype(np.float32)
+        return _weights(entry.sums.reshape(experts, row), entry.counts[:, None])
 
 
 def read_imatrix(path: Path) -> Imatrix:
@@ -59,8 +61,9 @@ def read_imatrix(path: Path) -> Imatrix:
     entries = {name: _entry(file, name) for name in names}
     if not entries:
         raise DgemmaError(f"{path}: holds no {SUMS} tensor, expected one per matrix; {NEXT}")
-    sizes = (file.get("imatrix.chunk_count", 0), file.get("imatrix.chunk_size", 0))
-    return Imatrix(Path(path), entries, tuple(file.get("imatrix.datasets", ())), *sizes)
+    datasets = tuple(_value(file, "imatrix.datasets", "arr[str]", ()))
+    sizes = (_value(file, f"imatrix.{key}", "u32", 0) for key in ("chunk_count", "chunk_size"))
+    return Imatrix(Path(path), entries, datasets, *sizes)
 
 
 def write_imatrix(imatrix: Imatrix, path: Path) -> None:
@@ -68,7 +71,7 @@ def write_imatrix(imatrix: Imatrix, path: Path) -> None:
     metadata = {
         "general.architecture": Value("str", "diffusion-gemma"),
         "general.type": Value("str", "imatrix"),
-        "imatrix.datasets": Value("arr[str]", list(imatrix.datasets)),
+        "imatrix.datasets": Value("arr[str]", list(imatrix.datasets) or ["unnamed"]),  # gguf-py writes no empty list
         "imatrix.chunk_count": Value("u32", imatrix.chunks),
         "imatrix.chunk_size": Value("u32", imatrix.chunk_size),
     }
@@ -78,6 +81,19 @@ def write_imatrix(imatrix: Imatrix, path: Path) -> None:
     with GgufWriter(path, metadata, [(name, TYPES["F32"], a.shape) for name, a in arrays.items()]) as writer:
         for name, array in arrays.items():
             writer.append(name, np.ascontiguousarray(array, np.float32))
+
+
+def _weights(sums, counts):
+    """sums (experts, row), counts (experts or 1, 1) → (experts, row)"""
+    seen = (counts > 0) & (sums.max(axis=1, keepdims=True) > 0)
+    mean = np.divide(sums, counts, out=np.ones_like(sums), where=seen)
+    return np.maximum(mean, TRACE * mean.mean(axis=1, keepdims=True))
+
+
+def _value(file, key, kind, default):
+    """Nothing depends on these: one of another type counts as missing."""
+    value = file.metadata.get(key)
+    return value.value if value and value.type == kind else default
 
 
 def _names(name):

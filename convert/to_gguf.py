@@ -9,18 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from mlx_dgemma.gguf.metadata import metadata
 
 from gguf_export.quantize import quantize
 from gguf_export.writer import GgufWriter
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.gguf import rope
+from mlx_dgemma.gguf.metadata import metadata
 from mlx_dgemma.gguf.reader import Value
-from mlx_dgemma.gguf.types import FLOATS, TYPES
+from mlx_dgemma.gguf.types import TYPES
 
 from .checkpoint import Checkpoint
 from .imatrix import Imatrix
-from .plan_gguf import GgufPlan, PlannedTensor
+from .plan_gguf import GgufPlan
 
 PIECE = 1 << 24  # weights quantized at a time: 64 MB in float32
 LARGEST = 65_504.0  # of float16, in which ggml keeps its scales

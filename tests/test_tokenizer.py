@@ -1,6 +1,5 @@
 """Text, special tokens, the chat template, thoughts; both tokenizer libraries."""
 
-import io
 import shutil
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from mlx_dgemma.config import read_config
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.tokenizer import Tokenizer
-from tests.tiny import SPECIAL_IDS
+from tests.tiny import tiny_sentencepiece, write_json
 
 USER = [{"role": "user", "content": "the sand"}]
 
@@ -81,46 +80,41 @@ def test_templates_that_do_not_work(tiny, tmp_path):
     template.write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(DgemmaError, match=r"refused the conversation \(roles must alternate\)"):
         Tokenizer(folder, config).chat(USER)
+    template.write_text("{{ messages + 1 }}")
+    with pytest.raises(DgemmaError, match="refused the conversation .can only concatenate"):
+        Tokenizer(folder, config).chat(USER)
+    template.write_bytes(b"\xff")
+    with pytest.raises(DgemmaError, match="not UTF-8 text"):
+        Tokenizer(folder, config)
     template.unlink()
     with pytest.raises(DgemmaError, match="found no chat_template.jinja"):
         Tokenizer(folder, config).chat(USER)
 
 
 def test_sentencepiece_speaks_the_same_language(tiny, tmp_path):
-    import sentencepiece
-
     folder = tmp_path / "sp"
     folder.mkdir()
-    model = io.BytesIO()
-    names = {i: token for token, i in SPECIAL_IDS.items()}
-    control = [names.get(i, f"<unused{i}>") for i in range(5, 107)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the sand and the tin", "and the sand is red"] * 50),
-        model_writer=model,
-        vocab_size=384,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        user_defined_symbols=["<mask>", *control],
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer.model").write_bytes(tiny_sentencepiece())
     (folder / "chat_template.jinja").write_text((tiny / "chat_template.jinja").read_text())
     tokenizer = Tokenizer(folder, read_config(tiny))
     for text in ("the sand and the", "naïve ☃ 日本\n\ttab", " leading and  double "):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     prompt = tokenizer.chat(USER)
     assert prompt[:2] == [2, 105] and prompt[-1] == 101
+    assert tokenizer.encode("<unk>") == [3]
     (folder / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(DgemmaError, match="not a SentencePiece model"):
         Tokenizer(folder, read_config(tiny))
+
+
+def test_a_template_may_stand_in_tokenizer_config(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    config = read_config(folder)
+    want = Tokenizer(folder, config).chat(USER)
+    source = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    write_json(folder / "tokenizer_config.json", {"chat_template": source})
+    assert Tokenizer(folder, config).chat(USER) == want
+    write_json(folder / "tokenizer_config.json", {"chat_template": [{"name": "default", "template": source}]})
+    with pytest.raises(DgemmaError, match="chat_template is a list, expected one template"):
+        Tokenizer(folder, config)

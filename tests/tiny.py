@@ -10,6 +10,7 @@ Differs  weights are drawn so that the model is well-conditioned: the attention 
          stay right whatever numpy comes.
 """
 
+import io
 import json
 import zlib
 from pathlib import Path
@@ -279,6 +280,39 @@ def tiny_tokenizer() -> dict:
             "merges": [merge.split(" ") for merge in merges],
         },
     }
+
+
+def tiny_sentencepiece(**options) -> bytes:
+    """tokenizer.model: the same special ids and bytes, and pieces trained on the spot; at most VOCAB tokens.
+
+    options: of SentencePieceTrainer.
+    """
+    import sentencepiece
+
+    by_id = {i: token for token, i in SPECIAL_IDS.items()}
+    model = io.BytesIO()
+    settings = {
+        "sentence_iterator": iter(["the sand and the tin", "and the sand is red"] * 50),
+        "model_writer": model,
+        "vocab_size": VOCAB,
+        "hard_vocab_limit": False,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+        "pad_id": 0,
+        "eos_id": 1,
+        "bos_id": 2,
+        "unk_id": 3,
+        "pad_piece": "<pad>",
+        "eos_piece": "<eos>",
+        "bos_piece": "<bos>",
+        "user_defined_symbols": [by_id.get(i, f"<unused{i}>") for i in range(4, 107)],
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(**settings | options)
+    return model.getvalue()
 
 
 CHAT_TEMPLATE = """\

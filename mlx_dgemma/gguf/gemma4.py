@@ -1,6 +1,6 @@
 """tokenizer.json ↔ the GGUF vocabulary kind "gemma4": BPE over characters, with byte fallback.
 
-Source   llama.cpp b11549: convert_hf_to_gguf.py (Gemma 4) for types and scores, llama-vocab.cpp for what a reader does:
+Source   llama.cpp at 00ad355: its converter of Gemma 4 for types and scores, llama-vocab.cpp for what a reader does:
          " " becomes "▁", control and user-defined tokens are found first, text is cut between newlines and the rest,
          a run of newlines that is a token is taken whole, merges apply by rank, what is left becomes <0xNN> bytes
 Differs  llama.cpp's converter writes any tokenizer.json; here one that such a reader would read otherwise is refused.
@@ -42,7 +42,7 @@ DECODER = {
         {"type": "Fuse"},
     ],
 }
-# As the released tokenizer.json has it. It never cuts: the normalizer has left no space.
+# As transformers 5.23.0, GemmaTokenizer, has it. It never cuts: the normalizer has left no space.
 PRE_TOKENIZER = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 MODEL = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
 MODEL |= {"fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
@@ -63,11 +63,11 @@ def tokens_from_json(raw: dict, vocabulary: JsonVocabulary, special: set[str], n
             "the files belong to different models"
         )
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in raw["model"]["merges"]]
-    _check_newlines(texts, merges, vocabulary, path)
     if any(len(merge) != 2 or " " in merge[0] + merge[1] for merge in merges):
         _refuse(path, "has a merge with a space in it")
+    _check_newlines(texts, merges, vocabulary, path)
     types = [_token_type(texts[i], added, special) if i in texts else UNUSED for i in range(n_tokens)]
-    padded = [texts.get(i) or placeholder(i) for i in range(n_tokens)]
+    padded = [texts.get(i, placeholder(i)) for i in range(n_tokens)]
     if len(set(padded)) < n_tokens:
         _refuse(path, "has two ids for one token")
     return TokenList(padded, [NO_SCORE] * n_tokens, types, [f"{left} {right}" for left, right in merges])
@@ -82,7 +82,7 @@ def json_from_tokens(tokens: TokenList, unknown: str | None, path: Path) -> dict
     for merge in merges:
         if len(merge) != 2 or not (merge[0] in vocab and merge[1] in vocab and merge[0] + merge[1] in vocab):
             raise DgemmaError(
-                f"{path}: the merge {' '.join(merge)!r} names no token; the file is corrupt, download it again"
+                f"{path}: the merge {' '.join(merge)[:40]!r} names no token; the file is corrupt, download it again"
             )
     return {
         "version": "1.0",
@@ -117,6 +117,8 @@ def _token_type(text, added, special):
 
 def _texts_by_id(vocab, added, vocabulary, path):
     texts = {i: text for text, i in vocab.items()}
+    if "" in vocab:
+        _refuse(path, "has an empty token")
     if len(texts) < len(vocab):
         _refuse(path, "gives one id to two tokens")
     for text, entry in added.items():

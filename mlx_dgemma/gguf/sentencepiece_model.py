@@ -1,7 +1,7 @@
 """tokenizer.model ↔ the GGUF vocabulary kind "llama": SentencePiece BPE with scores and byte fallback.
 
-Source   sentencepiece 0.2, sentencepiece_model.proto for the field numbers; llama.cpp b11549, llama-vocab.cpp: merges
-         by score, no normalization but " " to "▁"
+Source   sentencepiece 0.2, sentencepiece_model.proto for the field numbers; llama.cpp at 00ad355, llama-vocab.cpp:
+         merges by score, no normalization but " " to "▁"
 Differs  a model that puts a space before every text is refused: sentencepiece does so once for each piece of text
          between special tokens, llama.cpp by rules of its own. The protocol-buffer message is read and written by
          hand, so neither side needs protobuf

@@ -1,6 +1,7 @@
 """The `tokenizer.*` metadata of a GGUF: written from a checkpoint folder, and turned back into tokenizer files.
 
-Source   llama.cpp b11549: convert_hf_to_gguf.py and gguf-py's SpecialVocab for the keys, llama-vocab.cpp for the checks
+Source   llama.cpp at 00ad355: its converter and gguf-py's SpecialVocab for the keys, llama-vocab.cpp for the checks; a
+         test compares ids with the llama.cpp inside xllamacpp
 Differs  a vocabulary that a GGUF reader would read otherwise is refused; nothing here needs transformers
 
 Two kinds: "gemma4" (tokenizer.json, gemma4.py) and "llama" (tokenizer.model, sentencepiece_model.py).

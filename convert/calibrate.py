@@ -1,0 +1,272 @@
+"""Collect an importance matrix: squared inputs of every matrix, summed over the denoising of real examples.
+
+Shapes   C canvas slots, E experts, M pairs of token and expert in the order of the experts
+Source   llama.cpp, tools/imatrix, for what is summed; the technical report (arXiv 2608.00146) for noisy canvases and
+         the two passes
+Differs  llama-imatrix reads clean text, causally. Here every matrix sees what it sees in use: the prefix causally, and
+         canvases at several shares of noise, with and without self-conditioning
+
+The router and the token embedding are left out: the first is never quantized, the second is looked up as well.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.config import GenerationConfig
+from mlx_dgemma.engine import PREFILL_CHUNK
+from mlx_dgemma.errors import ContextError, DgemmaError
+from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.noise import NoiseStream
+from mlx_dgemma.tensors import Tensor, text_tensors
+from mlx_dgemma.tokenizer import Tokenizer
+
+from .imatrix import Entry, Imatrix
+
+ROLES = ("attention", "dense", "expert", "self_conditioning")
+NOISE_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+TEXT_BLOCKS = 4  # canvases of one passage of plain text
+
+
+class Example(NamedTuple):
+    """A conversation and the model's answer to it; without a conversation, plain text."""
+
+    messages: tuple[dict, ...]
+    answer: str
+
+
+class Passage(NamedTuple):
+    """An example in tokens."""
+
+    prompt: list[int]
+    canvases: np.ndarray  # (blocks, C) int32, the last one filled up with <eos>
+
+
+class PassageDone(NamedTuple):
+    """The only event of `collect`."""
+
+    done: int
+    total: int
+
+
+# Examples
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """A data file: .jsonl with {"prompt", "answer"} or {"messages"} per line, anything else is plain text."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DgemmaError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise DgemmaError(f"{path}: not UTF-8 text; save it as UTF-8 and try again") from None
+    if not text.strip():
+        raise DgemmaError(f"{path}: is empty, expected examples; see `python -m convert imatrix --help`")
+    if path.suffix != ".jsonl":
+        return [Example((), text)]
+    lines = enumerate(text.split("\n"), start=1)
+    return [_example(line, f"{path}, line {n}") for n, line in lines if line.strip()]
+
+
+def _example(line, where):
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DgemmaError(f"{where}: not JSON ({error}); correct the line") from None
+    match raw:
+        case {"prompt": str(prompt), "answer": str(answer)}:
+            return Example(({"role": "user", "content": prompt},), answer)
+        case {"messages": [_, *_, {"role": "assistant", "content": str(answer)}]} if all(
+            map(_is_message, raw["messages"])
+        ):
+            return Example(tuple(raw["messages"][:-1]), answer)
+    raise DgemmaError(
+        f'{where}: found {line[:60]!r}, expected {{"prompt": "...", "answer": "..."}} or {{"messages": [...]}} that '
+        "ends with the assistant's; correct the line"
+    )
+
+
+def _is_message(raw):
+    return isinstance(raw, dict) and isinstance(raw.get("role"), str) and isinstance(raw.get("content"), str)
+
+
+def passages(examples: Iterable[Example], tokenizer: Tokenizer, canvas_length: int) -> Iterator[Passage]:
+    """Prompt and canvases of every example; plain text is cut into several passages of TEXT_BLOCKS canvases."""
+    bos, eos, turn_end = (_token(tokenizer, name) for name in ("<bos>", "<eos>", "<turn|>"))
+
+    def passage(prompt, tokens):
+        tokens = tokens + [eos] * (-len(tokens) % canvas_length)
+        return Passage(prompt, np.array(tokens, np.int32).reshape(-1, canvas_length))
+
+    for example in examples:
+        tokens = tokenizer.encode(example.answer)
+        if example.messages:
+            yield passage(tokenizer.chat(list(example.messages)), [*tokens, turn_end])
+            continue
+        for start in range(0, len(tokens), TEXT_BLOCKS * canvas_length):
+            yield passage([bos], tokens[start : start + TEXT_BLOCKS * canvas_length])
+
+
+def _token(tokenizer, name):
+    token = tokenizer.vocabulary.token_id(name)
+    if token is None:
+        raise DgemmaError(f"{tokenizer.path}: the vocabulary has no {name}, expected Gemma 4's; download it again")
+    return token
+
+
+# Noise
+
+
+def corrupt(clean: np.ndarray, t: float, stream: NoiseStream, rows: list[int], block: int, vocab_size: int):
+    """A random token in each slot with probability t. (B, C) int32, and where that happened (B, C) bool
+
+    Depends on seed, row, block and t alone, as in training on any other token: the random one may be the right one.
+    """
+    C, step = clean.shape[-1], round(1000 * t)
+    noisy = stream.uniforms(rows, block, step, C) < t
+    return np.where(noisy, stream.renoise(rows, block, step, C, vocab_size), clean), noisy
+
+
+def temperature_at(t: float, settings: GenerationConfig) -> float:
+    """The sampler's temperature when a share t of the steps is left."""
+    return settings.t_min + (settings.t_max - settings.t_min) * t
+
+
+# Sums
+
+
+class Sums(NamedTuple):
+    squares: mx.array  # (E, row) float32; E is 1 for a matrix
+    rows: mx.array  # (E,) float32, how many inputs
+
+
+def squared_inputs(x: mx.array, experts: mx.array | None, n_experts: int) -> Sums:
+    """x (…, row), or with experts (M,) x (M, 1, row): what each channel, and expert, adds."""
+    squares = mx.square(x.reshape(-1, x.shape[-1]).astype(mx.float32))
+    if experts is None:
+        return Sums(squares.sum(axis=0, keepdims=True), mx.full((1,), len(squares), mx.float32))
+    zeros = mx.zeros((n_experts, squares.shape[-1]))
+    return Sums(zeros.at[experts].add(squares), mx.zeros(n_experts).at[experts].add(1.0))
+
+
+class _Tap:
+    """Stands where a matrix stood: computes the same, and keeps the sums of its inputs until they are taken."""
+
+    def __init__(self, matrix, n_experts):
+        self.matrix, self.n_experts, self.kept = matrix, n_experts, []
+
+    def __call__(self, x, experts=None):
+        self.kept.append(squared_inputs(x, experts, self.n_experts))
+        return self.matrix(x) if experts is None else self.matrix(x, experts)
+
+
+@contextlib.contextmanager
+def tapped(model: DiffusionGemma) -> Iterator[dict[Tensor, _Tap]]:
+    """Every matrix of ROLES with a tap, until the block ends."""
+    tensors = [t for t in text_tensors(model.config) if t.role in ROLES]
+    matrices = {t: _place(model, t) for t in tensors}
+    taps = {t: _Tap(parent[name], t.shape[0] if t.role == "expert" else 1) for t, (parent, name) in matrices.items()}
+    try:
+        for tensor, (parent, name) in matrices.items():
+            parent[name] = taps[tensor]
+        yield taps
+    finally:
+        for tensor, (parent, name) in matrices.items():
+            parent[name] = taps[tensor].matrix
+
+
+def _place(model, tensor):
+    """The module that holds a tensor's matrix, and the matrix's name in it."""
+    *path, name = tensor.mlx.removesuffix(".weight").split(".")
+    return functools.reduce(lambda module, part: module[int(part) if part.isdigit() else part], path, model), name
+
+
+class _Collector:
+    """Runs the passes and adds up what the taps saw, in float64 on the host."""
+
+    def __init__(self, model, taps):
+        self.model, self.taps = model, taps
+        self.sums = {t: np.zeros((tap.n_experts, t.shape[-1])) for t, tap in taps.items()}
+        self.counts = {t: np.zeros(tap.n_experts) for t, tap in taps.items()}
+        last = model.config.num_hidden_layers - 1
+        kv = ("attn_k", "attn_v")
+        # Nothing but keys and values leaves the encoder: the rest of its last layer is never computed in use.
+        self.encoder_unused = {t for t in taps if t.layer == last and t.gguf_part not in kv}
+        self.canvases = 0
+
+    def encode(self, tokens, cache):
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            self.model.encode(mx.array([tokens[start : start + PREFILL_CHUNK]], mx.int32), cache)
+            self._take(self.encoder_unused)
+            mx.eval(cache.arrays)
+
+    def denoise(self, canvas, cache, temperature):
+        """Two passes, the second with self-conditioning from the first."""
+        canvas = mx.array(canvas, mx.int32)
+        processed = self.model.denoise(canvas, cache) / temperature
+        self.model.denoise_hidden(canvas, cache, self.model.soft_embedding(processed.astype(self.model.dtype)))
+        self._take()
+        self.canvases += 2
+
+    def _take(self, unused=frozenset()):
+        """Evaluates what was asked for, so that memory holds one pass at a time."""
+        new = [(t, sums) for t, tap in self.taps.items() if t not in unused for sums in tap.kept]
+        mx.eval([sums for _, sums in new])
+        for tensor, sums in new:
+            self.sums[tensor] += np.array(sums.squares)
+            self.counts[tensor] += np.array(sums.rows)
+        for tap in self.taps.values():
+            tap.kept.clear()
+
+    def entries(self):
+        for tensor, sums in self.sums.items():
+            if not np.isfinite(sums).all():
+                raise DgemmaError(f"{tensor.gguf}: its inputs are not finite; load the model with float32 activations")
+        return {t.gguf: Entry(s.astype(np.float32), self.counts[t].astype(np.float32)) for t, s in self.sums.items()}
+
+
+def collect(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    examples: Iterable[Example],
+    ts: Iterable[float] = NOISE_SHARES,
+    seed: int = 0,
+    limit: int | None = None,
+    on_event: Callable[[PassageDone], None] = lambda event: None,
+) -> Imatrix:
+    """Run `model` over the examples, `limit` passages at most, and return what its matrices saw.
+
+    ts: shares of noise; every canvas is denoised at each. Raises DgemmaError.
+    """
+    config, stream = model.config, NoiseStream(seed)
+    found = list(itertools.islice(passages(examples, tokenizer, config.canvas_length), limit))
+    _check_context(found, config.max_position_embeddings)
+    with tapped(model) as taps:
+        collector = _Collector(model, taps)
+        for i, passage in enumerate(found):
+            cache = model.make_cache()
+            collector.encode(passage.prompt, cache)
+            for block, clean in enumerate(passage.canvases):
+                for t in ts:
+                    canvas, _ = corrupt(clean[None], t, stream, [i], block, config.vocab_size)
+                    collector.denoise(canvas, cache, temperature_at(t, model.generation_config))
+                collector.encode(clean, cache)
+            on_event(PassageDone(i + 1, len(found)))
+    return Imatrix(None, collector.entries(), (), collector.canvases, config.canvas_length)
+
+
+def _check_context(found, limit):
+    for i, passage in enumerate(found):
+        length = len(passage.prompt) + passage.canvases.size
+        if length > limit:
+            raise ContextError(
+                f"example {i + 1} has {length} tokens, the model's context is {limit}; shorten or remove the example"
+            )
