@@ -45,7 +45,7 @@ class Example(NamedTuple):
 class Passage(NamedTuple):
     """An example in tokens."""
 
-    prompt: list[int]
+    prompt: np.ndarray  # (T,) int32
     canvases: np.ndarray  # (blocks, C) int32, the last one filled up with <eos>
 
 
@@ -104,7 +104,7 @@ def passages(examples: Iterable[Example], tokenizer: Tokenizer, canvas_length: i
 
     def passage(prompt, tokens):
         tokens = tokens + [eos] * (-len(tokens) % canvas_length)
-        return Passage(prompt, np.array(tokens, np.int32).reshape(-1, canvas_length))
+        return Passage(np.array(prompt, np.int32), np.array(tokens, np.int32).reshape(-1, canvas_length))
 
     for example in examples:
         tokens = tokenizer.encode(example.answer)
@@ -204,13 +204,13 @@ class _Collector:
 
     def encode(self, tokens, cache):
         for start in range(0, len(tokens), PREFILL_CHUNK):
-            self.model.encode(mx.array([tokens[start : start + PREFILL_CHUNK]], mx.int32), cache)
+            self.model.encode(mx.array(tokens[None, start : start + PREFILL_CHUNK]), cache)
             self._take(self.encoder_unused)
             mx.eval(cache.arrays)
 
     def denoise(self, canvas, cache, temperature):
         """Two passes, the second with self-conditioning from the first."""
-        canvas = mx.array(canvas, mx.int32)
+        canvas = mx.array(canvas)
         processed = self.model.denoise(canvas, cache) / temperature
         self.model.denoise_hidden(canvas, cache, self.model.soft_embedding(processed.astype(self.model.dtype)))
         self._take()

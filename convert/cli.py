@@ -1,7 +1,7 @@
 """python -m convert SRC OUT --to mlx --recipe q4, or OUT.gguf --to gguf --recipe Q4_K_M
 
-`python -m convert imatrix …` is in imatrix_cli.py. Results go to stdout, the plan and the progress bar to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage,
-130 interrupted; after anything but 0 nothing is left behind.
+Results go to stdout, the plan and the progress bar to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage,
+130 interrupted; after anything but 0 nothing is left behind. `python -m convert imatrix …` is in imatrix_cli.py.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main(argv=None) -> int:
 def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Convert a DiffusionGemma checkpoint: to a folder for MLX, or to a GGUF file for llama.cpp's world.",
+        description="Convert a DiffusionGemma checkpoint to a folder for MLX or to a GGUF file.",
         epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

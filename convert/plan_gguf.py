@@ -86,7 +86,7 @@ class GgufPlan:
 
 
 def make_gguf_plan(config: ModelConfig, recipe: GgufRecipe, imatrix: Imatrix | None = None) -> GgufPlan:
-    """Some of llama-quantize's rules ask whether there is an importance matrix; it is checked against the model here."""
+    """Some of llama-quantize's rules ask whether there is an importance matrix; it is checked against the model."""
     n_layers = config.num_hidden_layers
     with_v = [layer.index for layer in config.layers if layer.has_v_proj]
     tensors = []

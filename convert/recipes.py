@@ -110,7 +110,7 @@ def _for_target(value, key, path, to):
 
 
 def _with_overrides(recipe, overrides):
-    merged = recipe.overrides | overrides
+    merged = dict(recipe.overrides) | overrides
     if isinstance(recipe, GgufRecipe):
         return recipe._replace(overrides=merged)
     return dataclasses.replace(recipe, overrides=merged)

@@ -7,6 +7,8 @@ Differs  only what this architecture can meet is here (tied embeddings, no fused
 A recipe's name is llama-quantize's. Not quantized in any recipe: norms, scales, scalars and the router, which are F32.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mlx_dgemma.config import ModelConfig
@@ -53,7 +55,7 @@ class GgufRecipe(NamedTuple):
     summary: str
     base: str
     rules: tuple[Rule, ...] = ()
-    overrides: dict[str, str] = {}  # role or GGUF tensor → type; before every rule
+    overrides: Mapping[str, str] = MappingProxyType({})  # role or GGUF tensor → type; before every rule
 
     def type(self, tensor: Tensor, place: Place) -> Type:
         """What the recipe wants for a tensor, before `fallback` looks at its row."""

@@ -1,7 +1,8 @@
 """Write a checkpoint as one GGUF file, one piece of one tensor in memory at a time.
 
 Shapes   every tensor is rows of weights (…, row); the file has the shape in ggml's order, fastest axis first
-Source   the layout of llama.cpp pull request 24423: GGUF names of mlx_dgemma/tensors.py, rope_freqs.weight, no output.weight
+Source   the layout of llama.cpp pull request 24423: GGUF names of mlx_dgemma/tensors.py, rope_freqs.weight, and no
+         output.weight
 Differs  no value is transformed on the way, so the bytes of a tensor are ggml's quantization of the checkpoint's rows
 """
 

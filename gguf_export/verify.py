@@ -1,8 +1,8 @@
 """Reopen a GGUF and measure what the conversion lost, role by role.
 
 Shapes   (rows, bytes of a row) uint8 → (rows, row) float32
-Source   gguf.GGUFReader and gguf.dequantize (gguf-py): llama.cpp's own reader, so a mistake of our writer cannot hide in
-         our reader
+Source   gguf.GGUFReader and gguf.dequantize (gguf-py): llama.cpp's own reader, so a mistake of our writer cannot hide
+         in our reader
 """
 
 from collections.abc import Callable

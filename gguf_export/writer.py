@@ -1,7 +1,7 @@
 """A GGUF file, header first, then one tensor after the other in pieces.
 
 Shapes   a tensor arrives as pieces of rows, (rows, bytes of a row) uint8, in the order of the header
-Source   gguf.GGUFWriter writes header, metadata and tensor table; data starts aligned to 32 bytes and so does each tensor
+Source   gguf.GGUFWriter writes header, metadata and tensor table; the data and each tensor start on a multiple of 32
 Differs  the data is written here, piece by piece: GGUFWriter wants a whole tensor, and the 26B's largest has 2 GB
 """
 

@@ -90,7 +90,6 @@ def test_the_file_describes_the_checkpoint(wide, tmp_path):
 
 def test_ggmls_own_reader_accepts_the_file(wide, tmp_path):
     """gguf_init_from_file, what llama.cpp opens a model with."""
-    import ctypes
 
     run(wide, tmp_path / "x.gguf", to="gguf", recipe="Q4_K_M")
     code = (

@@ -1,5 +1,6 @@
 """The documents are true: links lead somewhere, options exist, the README's Python runs."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +9,12 @@ import pytest
 
 from convert import convert
 from convert.cli import _parser as convert_parser
+from convert.imatrix_cli import _parser as imatrix_parser
+from convert.plan_gguf import make_gguf_plan
+from convert.recipes_gguf import RECIPES as GGUF_RECIPES
 from mlx_dgemma.cli import parse
+from mlx_dgemma.config import GenerationConfig, parse_config
+from mlx_dgemma.gguf.metadata import metadata
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("demo/*.md")])
@@ -26,8 +32,30 @@ def test_commands_have_the_options_shown(page):
         _, _, module, *arguments = shlex.split(line.split("<")[0], comments=True)
         if module == "mlx_dgemma.generate":
             parse(arguments)
+        elif module == "convert" and arguments[0] == "imatrix":
+            imatrix_parser().parse_args(arguments[1:])
         elif module == "convert":
             convert_parser().parse_args(arguments)
+
+
+def test_sizes_of_gguf_recipes_are_the_plans():
+    config = parse_config(json.loads((ROOT / "tests/data/diffusiongemma-26b-config.json").read_text()))
+    page = (ROOT / "docs/formats.md").read_text()
+    for recipe in GGUF_RECIPES.values():
+        plan = make_gguf_plan(config, recipe)
+        types = ", ".join(f"{name} {n}" for name, n in plan.histogram().items())
+        bits = 8 * plan.total_bytes / plan.parameters
+        assert (
+            f"| `{recipe.name}` | {recipe.file_type} | {plan.total_bytes / 2**20:,.0f} | {bits:.2f} | {types} |" in page
+        )
+
+
+def test_keys_of_the_formats_page_are_those_written():
+    page = (ROOT / "docs/formats.md").read_text()
+    config = parse_config(json.loads((ROOT / "tests/data/diffusiongemma-26b-config.json").read_text()))
+    for key in metadata(config, GenerationConfig(), "x", 15):
+        last = key.removeprefix("diffusion-gemma.").removeprefix("diffusion.").split(".")[-1].removesuffix("_swa")
+        assert last in page, key
 
 
 def test_every_setting_of_the_table_is_an_option():

@@ -1,4 +1,4 @@
-"""The one tensor of a GGUF that no checkpoint holds: by what ggml divides the RoPE frequencies of full-attention layers.
+"""The one tensor of a GGUF that no checkpoint holds: what ggml divides the RoPE frequencies of full layers by.
 
 Shapes   (global_head_dim / 2,) float32: 1 for a pair that rotates, 1e30 for one that does not (frequency 0)
 Source   llama.cpp's conversion of Gemma 4; "proportional" RoPE of transformers 5.23.0
