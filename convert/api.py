@@ -125,7 +125,7 @@ def _writer(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: 
         check_can_quantize({t.type.name for t in plan.tensors}, importance is not None)
         return (
             lambda path, worked: write_gguf(checkpoint, plan, path, importance, worked),
-            lambda path, worked: verify_gguf(path, plan.config, checkpoint.values, worked),
+            lambda path, worked: verify_gguf(path, checkpoint.values, plan.config, worked),
         )
     from .to_mlx import write_folder
     from .verify import verify_folder

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_dgemma.config import GenerationConfig, ModelConfig, parse_config, read_generation_config, read_json
 from mlx_dgemma.errors import DgemmaError
-from mlx_dgemma.floats import to_float32
+from mlx_dgemma.floats import Float32Rows
 from mlx_dgemma.gguf.reader import Value
 from mlx_dgemma.gguf.types import Type
 from mlx_dgemma.gguf.vocabulary import vocabulary_metadata
@@ -89,23 +89,10 @@ class Checkpoint(NamedTuple):
     quantized: str = ""  # the types it is quantized to already
     assumed: tuple[str, ...] = ()  # settings it should name and does not
 
-    def values(self, tensor: Tensor) -> "Values":
+    def values(self, tensor: Tensor) -> Float32Rows:
         """A text tensor's rows as float32."""
         name = self.names[tensor.hf]
-        return Values(self.weights.rows(name), self.weights[name].dtype)
-
-
-class Values:
-    """Rows whose slices are converted to float32 when they are taken."""
-
-    def __init__(self, stored: np.ndarray, dtype: str):
-        self.stored, self.dtype = stored, dtype
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return to_float32(self.stored[rows], self.dtype)
+        return Float32Rows(self.weights.rows(name), self.weights[name].dtype)
 
 
 def find_source(src: str | Path, config_only: bool = False) -> Path:

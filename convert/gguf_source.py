@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from gguf_export.verify import GgufRows
 from mlx_dgemma.gguf.metadata import SAMPLER_KEYS
 from mlx_dgemma.gguf.model import GgufModel, open_gguf
 from mlx_dgemma.gguf.types import FLOATS, Type
 from mlx_dgemma.gguf.vocabulary import tokenizer_files
 from mlx_dgemma.shards import StoredTensor
-from mlx_dgemma.tensors import Tensor, text_tensors
+from mlx_dgemma.tensors import text_tensors
 
 from .checkpoint import Checkpoint
 
@@ -34,8 +35,8 @@ class GgufWeights:
         t = self.tensors[name]
         return StoredTensor(self.model.file.path, "F32", t.shape, 0, 4 * t.size)
 
-    def rows(self, name: str) -> "Rows":
-        return Rows(self.model, self.tensors[name])
+    def rows(self, name: str) -> GgufRows:
+        return GgufRows(self.model, self.tensors[name])
 
     def kept_as(self, name: str) -> str:
         """A file whose norms are all bfloat16 numbers was made from a bfloat16 checkpoint, and becomes one again."""
@@ -46,21 +47,6 @@ class GgufWeights:
         if len(parts) == 1 and self.model.file.tensors[parts[0]].type == type:
             return self.model.file.rows(parts[0])
         return None
-
-
-class Rows:
-    """Rows of one tensor, dequantized when a slice is taken. (rows, row)"""
-
-    def __init__(self, model: GgufModel, tensor: Tensor):
-        self.model, self.tensor = model, tensor
-        row = tensor.shape[-1]
-        self.shape = (tensor.size // row, row)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.model.rows(self.tensor, *rows.indices(len(self))[:2])
 
 
 def open_gguf_source(path: Path) -> Checkpoint:

@@ -1,6 +1,7 @@
-"""python -m convert imatrix MODEL --data FILE --out FILE
+"""python -m convert imatrix MODEL --data FILE --out FILE: what `--imatrix` of `python -m convert` reads.
 
-Results go to stdout, the progress bar to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage, 130 interrupted.
+The result goes to stdout, progress to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage, 130 interrupted;
+after anything but 0 nothing is left behind.
 """
 
 import argparse
@@ -13,73 +14,95 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_dgemma.errors import DgemmaError
-from mlx_dgemma.units import count
 
 from .imatrix import Imatrix, write_imatrix
 from .output import appears_when_done, check_free_name
 
+EPILOG = """\
+FILE of --data, UTF-8: one JSON object per line where its name ends in .jsonl,
+  {"prompt": "…", "answer": "…"}
+  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+else plain text. A few hundred examples of what the model is used for are enough; every expert should see some.
+"""
 
-def main(argv) -> int:
-    args = _parser().parse_args(argv)
+
+def main(argv: list[str]) -> int:
+    args = _parse(argv)
+    began = time.monotonic()
     try:
-        report = _run(args)
+        imatrix, passages = _collect(args)
+        with appears_when_done(Path(args.out), _nbytes(imatrix), folder=False) as scratch:
+            write_imatrix(imatrix, scratch)
     except DgemmaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(report) if args.json else _as_text(report))
+    report = {"out": args.out, "examples": passages} | summary(imatrix)
+    report["seconds"] = round(time.monotonic() - began, 3)
+    try:
+        print(json.dumps(report) if args.json else _as_text(report), flush=True)
+    except BrokenPipeError:  # the reader went away, as in `… | head`; the file is complete
+        sys.stdout = None
     return 0
 
 
-def _parser():
+def _parse(argv):
     parser = argparse.ArgumentParser(
         prog="python -m convert imatrix",
-        description="Measure which input channels of every matrix matter, over real denoising steps.",
+        description="Collect an importance matrix over denoising steps, for better GGUF quantization.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="model folder, GGUF file, or hub id; the less it is quantized the better")
-    add("--data", required=True, metavar="FILE", help='text, or .jsonl with {"prompt", "answer"} or {"messages"} lines')
-    add("--out", required=True, metavar="FILE", help="new GGUF file, for --imatrix here or in llama-quantize")
-    add("--examples", type=int, metavar="N", help="use the first N examples only")
-    add("--seed", type=int, default=0, help="of the noise (default 0)")
-    add("--json", action="store_true", help="print the result as one JSON object")
-    return parser
-
-
-def _run(args):
+    parser.add_argument("model", metavar="MODEL", help="model folder or hub id; the one to quantize, or an 8-bit copy")
+    parser.add_argument("--data", required=True, metavar="FILE", help="examples, see below")
+    parser.add_argument("--out", required=True, metavar="FILE", help="new importance matrix, as in imatrix.gguf")
+    parser.add_argument("--examples", type=int, metavar="N", help="use the first N examples (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the noise (default 0)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    args = parser.parse_args(argv)
     if args.examples is not None and args.examples < 1:
-        raise DgemmaError(f"--examples is {args.examples}, expected at least 1")
-    out = Path(args.out)
-    check_free_name(out)
-    if not Path(args.data).is_file():
-        raise DgemmaError(f"{args.data}: no such file, expected a text or .jsonl file")
-    import mlx_dgemma
+        parser.error("--examples must be at least 1")
+    return args
 
-    from .calibrate import TS, collect
-    from .examples import read_examples
 
-    started = time.monotonic()
-    model, tokenizer = mlx_dgemma.load(args.model)
-    examples = read_examples(args.data, tokenizer, model.config, model.generation_config)[: args.examples]
-    columns = TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+def _collect(args):
+    """The importance matrix, and how many examples it took."""
+    check_free_name(Path(args.out))
+    from mlx_dgemma import load
+
+    from .calibrate import collect, read_examples
+
+    examples = read_examples(args.data)  # before the weights, so that a wrong file costs nothing
+    model, tokenizer = load(args.model)
+    columns = TextColumn("imatrix"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("collect", total=len(examples))
-        entries = collect(model, examples, args.seed, TS, lambda done: progress.update(task, completed=done))
-    blocks = sum(len(e.answer) for e in examples) // model.config.canvas_length
-    imatrix = Imatrix(out, entries, (Path(args.data).name,), blocks, model.config.canvas_length)
-    with appears_when_done(out, 4 * sum(e.sums.size for e in entries.values()), folder=False) as scratch:
-        write_imatrix(imatrix, scratch)
+        task = progress.add_task("imatrix", total=None)
+
+        def draw(event):
+            progress.update(task, completed=event.done, total=event.total)
+
+        imatrix = collect(model, tokenizer, examples, seed=args.seed, limit=args.examples, on_event=draw)
+        used = progress.tasks[task].completed
+    return imatrix._replace(datasets=(Path(args.data).name,)), used
+
+
+def summary(imatrix: Imatrix) -> dict:
+    """Counts for people: an expert that saw nothing is quantized without importance."""
+    experts = [entry.counts for name, entry in imatrix.entries.items() if "ffn_gate_up_exps" in name]
     return {
-        "out": str(out),
-        "examples": len(examples),
-        "blocks": blocks,
-        "tensors": len(entries),
-        "experts_without_input": sum(int((e.counts == 0).sum()) for e in entries.values()),
-        "seconds": round(time.monotonic() - started, 1),
+        "matrices": len(imatrix.entries),
+        "canvases": imatrix.chunks,
+        "experts": sum(map(len, experts)),
+        "unseen_experts": int(sum((counts == 0).sum() for counts in experts)),
     }
 
 
 def _as_text(report):
-    unseen = report["experts_without_input"]
-    note = f"; {unseen} expert matrices saw no input: give more data" if unseen else ""
-    done = f"{count(report['examples'], 'example')}, {count(report['blocks'], 'block')}, {report['seconds']} s"
-    return f"{report['out']}: {count(report['tensors'], 'tensor')} from {done}{note}"
+    text = "{out}: {matrices} matrices, {examples} examples, {canvases:,} canvases, {seconds:.1f} s".format(**report)
+    if report["unseen_experts"]:
+        unseen = f"{report['unseen_experts']:,} of {report['experts']:,} experts"
+        text += f"\nnote: {unseen} saw no token and will be quantized without importance; give more or other examples"
+    return text
+
+
+def _nbytes(imatrix):
+    return sum(entry.sums.nbytes + entry.counts.nbytes + 1000 for entry in imatrix.entries.values())

@@ -11,11 +11,14 @@ from typing import Protocol
 
 import numpy as np
 
-from mlx_dgemma.config import ModelConfig
+from mlx_dgemma.config import ModelConfig, read_config
+from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.floats import Float32Rows
 from mlx_dgemma.gguf import rope
-from mlx_dgemma.gguf.model import open_gguf
+from mlx_dgemma.gguf.model import GgufModel, open_gguf
 from mlx_dgemma.quality import RoleError, TensorError, check_source, failed, role_errors
-from mlx_dgemma.tensors import Tensor, text_tensors
+from mlx_dgemma.shards import FLOATS, rows, stored_tensors
+from mlx_dgemma.tensors import Tensor, check_shape, text_tensors
 
 PIECE = 1 << 22  # weights compared at a time
 
@@ -29,20 +32,21 @@ class Rows(Protocol):
 
 def verify_gguf(
     path: Path,
-    config: ModelConfig,
     source: Callable[[Tensor], Rows],
+    config: ModelConfig | None = None,
     checked: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> list[RoleError]:
     """Compare every tensor of `path` with the source. `checked(name, nbytes)` is called after every piece.
 
-    Raises DgemmaError where the file describes another model, or a tensor is missing, misshapen, not finite or not
-    the source's.
+    config: what the file must describe, where the caller knows it. Raises DgemmaError where it describes another
+    model, or a tensor is missing, misshapen, not finite or not the source's.
     """
     import gguf
 
     model = open_gguf(path)  # our reader first: the table's coverage, shapes, vocabulary
-    if (found := model.config) != config:
-        raise failed(f"{path}: its metadata describes {found}, expected {config}")
+    if config is not None and model.config != config:
+        raise failed(f"{path}: its metadata describes {model.config}, expected {config}")
+    config = model.config
     theirs = {t.name: t for t in gguf.GGUFReader(path).tensors}
     ours = model.file.tensors
     if set(theirs) != set(ours):
@@ -57,6 +61,40 @@ def verify_gguf(
             raise failed(f"{path}: GGUFReader reads {t.gguf} as {shape}, expected {t.shape}")
         errors.setdefault(t.role, []).append(_compare(t, found, source(t), path, checked))
     return role_errors(errors)
+
+
+def open_source(path: Path) -> Callable[[Tensor], Rows]:
+    """What `verify_gguf` compares with: an unquantized folder, or another GGUF. Raises DgemmaError."""
+    if path.is_file():
+        model = open_gguf(path)
+        return lambda t: GgufRows(model, t)
+    config, stored = read_config(path), stored_tensors(path)
+
+    def source(t):
+        name = t.hf if t.hf in stored else t.mlx  # an MLX folder's name for experts
+        if name not in stored or stored[name].dtype not in FLOATS:
+            raise DgemmaError(f"{path}: {name} is missing or quantized, expected the checkpoint that was converted")
+        check_shape(name, stored[name].shape, t.shape, str(path))
+        return Float32Rows(rows(stored[name]), stored[name].dtype)
+
+    for t in text_tensors(config):
+        source(t)
+    return source
+
+
+class GgufRows:
+    """Rows of one tensor of a GGUF, dequantized when a slice is taken. (rows, row)"""
+
+    def __init__(self, model: GgufModel, tensor: Tensor):
+        self.model, self.tensor = model, tensor
+        row = tensor.shape[-1]
+        self.shape = (tensor.size // row, row)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.model.rows(self.tensor, *rows.indices(len(self))[:2])
 
 
 def _compare(tensor, found, source, path, checked):

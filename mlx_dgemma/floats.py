@@ -30,3 +30,16 @@ def from_float32(values: np.ndarray, tag: str) -> np.ndarray:
 def cast(array: np.ndarray, source: str, target: str) -> np.ndarray:
     """Stored as `source` → stored as `target`; the same tag keeps every bit."""
     return array if source == target else from_float32(to_float32(array, source), target)
+
+
+class Float32Rows:
+    """Rows of a tensor stored as `tag`, converted to float32 when a slice is taken. (rows, row)"""
+
+    def __init__(self, stored: np.ndarray, tag: str):
+        self.stored, self.tag = stored, tag
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return to_float32(self.stored[rows], self.tag)
