@@ -221,15 +221,17 @@ class _Collector:
         new = [(t, sums) for t, tap in self.taps.items() if t not in unused for sums in tap.kept]
         mx.eval([sums for _, sums in new])
         for tensor, sums in new:
-            self.sums[tensor] += np.array(sums.squares)
+            squares = np.array(sums.squares)
+            if not np.isfinite(squares).all():
+                raise DgemmaError(
+                    f"{tensor.gguf}: its inputs are not finite, expected numbers; load the model in bfloat16 or float32"
+                )
+            self.sums[tensor] += squares
             self.counts[tensor] += np.array(sums.rows)
         for tap in self.taps.values():
             tap.kept.clear()
 
     def entries(self):
-        for tensor, sums in self.sums.items():
-            if not np.isfinite(sums).all():
-                raise DgemmaError(f"{tensor.gguf}: its inputs are not finite; load the model with float32 activations")
         return {t.gguf: Entry(s.astype(np.float32), self.counts[t].astype(np.float32)) for t, s in self.sums.items()}
 
 

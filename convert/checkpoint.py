@@ -20,7 +20,7 @@ from mlx_dgemma.floats import Float32Rows
 from mlx_dgemma.gguf.reader import Value
 from mlx_dgemma.gguf.types import Type
 from mlx_dgemma.gguf.vocabulary import vocabulary_metadata
-from mlx_dgemma.hub import model_folder
+from mlx_dgemma.hub import model_path
 from mlx_dgemma.shards import AGAIN, FLOATS, INDEX, StoredTensor, rows, stored_tensors
 from mlx_dgemma.tensors import Tensor, check_coverage, check_shape, is_ignored, is_vision, text_tensors
 
@@ -100,10 +100,7 @@ def find_source(src: str | Path, config_only: bool = False) -> Path:
 
     config_only: of a folder on the hub, nothing but config.json; and a config.json alone will do.
     """
-    path = Path(src).expanduser()
-    if path.is_file():
-        return path
-    return model_folder(src, ["config.json"] if config_only else SOURCE_FILES)
+    return model_path(src, ["config.json"] if config_only else SOURCE_FILES)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -27,7 +27,9 @@ else plain text. A few hundred examples of what the model is used for are enough
 
 
 def main(argv: list[str]) -> int:
-    args = _parse(argv)
+    args = _parser().parse_args(argv)
+    if args.examples is not None and args.examples < 1:
+        _parser().error("--examples must be at least 1")
     began = time.monotonic()
     try:
         imatrix, passages = _collect(args)
@@ -45,23 +47,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parse(argv):
+def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m convert imatrix",
         description="Collect an importance matrix over denoising steps, for better GGUF quantization.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="model folder or hub id; the one to quantize, or an 8-bit copy")
+    parser.add_argument(
+        "model", metavar="MODEL", help="model folder, GGUF file or hub id: the one to quantize, or an 8-bit copy"
+    )
     parser.add_argument("--data", required=True, metavar="FILE", help="examples, see below")
     parser.add_argument("--out", required=True, metavar="FILE", help="new importance matrix, as in imatrix.gguf")
     parser.add_argument("--examples", type=int, metavar="N", help="use the first N examples (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the noise (default 0)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    args = parser.parse_args(argv)
-    if args.examples is not None and args.examples < 1:
-        parser.error("--examples must be at least 1")
-    return args
+    return parser
 
 
 def _collect(args):

@@ -49,7 +49,7 @@ def parse(argv=None) -> argparse.Namespace:
         prog="python -m mlx_dgemma.generate", description="Answer a prompt with DiffusionGemma on MLX."
     )
     add = parser.add_argument
-    add("--model", required=True, help="model folder (Hugging Face or MLX layout) or hub repo id")
+    add("--model", required=True, help="model folder (Hugging Face or MLX layout), GGUF file, or hub repo id")
     add("--prompt", help="the prompt; - reads standard input")
     add("--system", help="system prompt")
     add("--thinking", action="store_true", help="let the model think first; the thought goes to stderr")
@@ -89,7 +89,8 @@ def run(options) -> int:
     prompt = read_prompt() if options.prompt == "-" else options.prompt
     if prompt is not None:
         check_prompt("user", prompt)
-    model, tokenizer = load(options.model, getattr(mx, options.dtype) if options.dtype else None)
+    dtype = getattr(mx, options.dtype) if options.dtype else None
+    model, tokenizer = load(options.model, dtype, on_note=lambda note: print(f"note: {note}", file=sys.stderr))
     settings = settings_of(model.generation_config, options)
     if not options.json:
         loaded = human_bytes(mx.get_active_memory())

@@ -1,15 +1,41 @@
-"""A path or a hub repo id → a local folder.
+"""A path or a hub repo id → a local folder or GGUF file.
 
 Source   huggingface_hub: its cache, its HF_HUB_OFFLINE switch, its errors
 """
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import DgemmaError
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+EXPECTED = "expected a model folder, a GGUF file, or a hub repo id such as owner/name or owner/name/FILE.gguf"
+
+
+def model_path(path_or_repo, files=MODEL_FILES) -> Path:
+    """A model folder, or a GGUF file: as given, the only one in a folder, or from the hub (owner/name/FILE.gguf).
+
+    Raises DgemmaError that names what cannot be had, or the GGUF files to choose from.
+    """
+    path = Path(path_or_repo).expanduser()
+    name = str(path_or_repo)
+    if path.is_file():
+        return path
+    if name.endswith(".gguf") and name.count("/") == 2 and not path.exists() and not name.startswith((".", "/", "~")):
+        return _gguf_from_hub(*name.rsplit("/", 1))
+    folder = model_folder(path_or_repo, files)
+    if path.is_dir():
+        found = sorted(file.name for file in folder.glob("*.gguf"))
+    else:
+        found = [] if any(folder.glob("*.safetensors")) or (folder / "config.json").exists() else _gguf_names(name)
+    if not found or any(folder.glob("*.safetensors")):
+        return folder
+    if len(found) == 1 and path.is_dir():
+        return folder / found[0]
+    some = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
+    raise DgemmaError(f"{name}: holds {len(found)} GGUF files ({some}); name one, as {name}/{found[0]}")
 
 
 def model_folder(path_or_repo, files=MODEL_FILES) -> Path:
@@ -22,31 +48,56 @@ def model_folder(path_or_repo, files=MODEL_FILES) -> Path:
         return path
     name = str(path_or_repo)
     if path.exists():
-        raise DgemmaError(f"{name}: found a file, expected a model folder or a hub repo id such as owner/name")
+        raise DgemmaError(f"{name}: found a file, {EXPECTED}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise DgemmaError(f"{name}: no such folder; expected a model folder or a hub repo id such as owner/name")
+        raise DgemmaError(f"{name}: no such folder or file; {EXPECTED}")
     import huggingface_hub
+
+    return _fetch(name, lambda: Path(huggingface_hub.snapshot_download(name, allow_patterns=files)))
+
+
+def _gguf_from_hub(repo, file) -> Path:
+    import huggingface_hub
+
+    return _fetch(f"{repo}/{file}", lambda: Path(huggingface_hub.hf_hub_download(repo, file)))
+
+
+def _gguf_names(repo) -> list[str]:
+    import huggingface_hub
+
+    names = _fetch(repo, lambda: huggingface_hub.HfApi().list_repo_files(repo))
+    return sorted(name for name in names if name.endswith(".gguf"))
+
+
+def _fetch(name: str, get: Callable):
+    """What `get` gets from the hub, with every failure as one error of the user's."""
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+        return get()
     except errors.HFValidationError:
-        raise DgemmaError(
-            f"{name}: no such folder; expected a model folder or a hub repo id such as owner/name"
-        ) from None
+        raise DgemmaError(f"{name}: no such folder or file; {EXPECTED}") from None
     except errors.GatedRepoError:
         raise DgemmaError(f"{name}: the repo is gated; accept its terms on the hub, then run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
         raise DgemmaError(f"{name}: neither a local folder nor a repo on the hub; check the name") from None
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):  # not in the cache, and the hub was not asked
+            raise _unreachable(name, error) from None
+        raise DgemmaError(f"{name}: the repo has no such file; check the name on the hub") from None
     except Exception as error:  # the HTTP library under the hub's client, and with it the errors, change with versions
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise DgemmaError(f"{name}: the disk is full; free some space, then start again") from None
-        off = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-        why = "the hub is switched off by HF_HUB_OFFLINE" if off else f"the hub cannot be reached ({kind(error)})"
-        mend = "unset HF_HUB_OFFLINE" if off else "connect (HF_HUB_OFFLINE=1 looks in the cache only)"
-        raise DgemmaError(
-            f"{name}: no such folder here, not in the local hub cache, and {why}; {mend}, or give a local folder"
-        ) from None
+        raise _unreachable(name, error) from None
+
+
+def _unreachable(name, error):
+    off = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    why = "the hub is switched off by HF_HUB_OFFLINE" if off else f"the hub cannot be reached ({kind(error)})"
+    mend = "unset HF_HUB_OFFLINE" if off else "connect (HF_HUB_OFFLINE=1 looks in the cache only)"
+    return DgemmaError(
+        f"{name}: no such folder here, not in the local hub cache, and {why}; {mend}, or give a local folder or file"
+    )
 
 
 def kind(error: BaseException) -> str:

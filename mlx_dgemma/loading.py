@@ -1,12 +1,13 @@
-"""A model folder → model and tokenizer. Reads Hugging Face checkpoints and MLX folders alike.
+"""A model folder or a GGUF file → model and tokenizer. Reads Hugging Face checkpoints, MLX folders and GGUFs alike.
 
-Source   the MLX layout of mlx-vlm 0.7.10 and mlx-community: `X.weight` (packed), `X.scales`, `X.biases`
+Source   the MLX layout of mlx-vlm 0.7.10 and mlx-community: `X.weight` (packed), `X.scales`, `X.biases`;
+         gguf_weights.py has the GGUF
 Differs  a module is quantized where the file holds its scales, and the file's shapes say how; config.json's
          "quantization" block is not consulted, because published folders disagree with it
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,8 @@ from mlx.utils import tree_flatten
 
 from .config import ModelConfig, read_config, read_generation_config
 from .errors import DgemmaError
-from .hub import model_folder
+from .gguf_weights import GgufSource, Quantization, Weights
+from .hub import model_path
 from .model import DiffusionGemma
 from .shards import FLOATS, StoredTensor, stored_tensors
 from .tensors import check_coverage, check_shape, text_tensors
@@ -24,56 +26,73 @@ from .tokenizer import Tokenizer
 MODES_WITHOUT_BIASES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
 
-class Quantization(NamedTuple):
-    group_size: int
-    bits: int
-    mode: str
-
-
-def load(path_or_repo, dtype=None, dequantize: bool = False) -> tuple[DiffusionGemma, Tokenizer]:
-    """Load a model and its tokenizer from a folder or a hub repo id.
+def load(
+    path_or_repo, dtype=None, dequantize: bool = False, on_note: Callable[[str], None] = lambda note: None
+) -> tuple[DiffusionGemma, Tokenizer]:
+    """Load a model and its tokenizer from a folder, a GGUF file or a hub repo id (or owner/name/FILE.gguf).
 
     dtype: the activations' type; None means bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slow.
     dequantize: turn quantized weights into `dtype` ones. The values stay the same; memory grows, and float32 steps on a
     CPU with a fast BLAS become several times faster.
-    Raises DgemmaError for a folder that is not a complete DiffusionGemma checkpoint.
+    on_note: is told what a user should know before the weights are read, as that a GGUF grows in memory.
+    Raises DgemmaError for what is not a complete DiffusionGemma checkpoint, or cannot fit the device's memory.
     """
-    folder = model_folder(path_or_repo)
-    config = read_config(folder)
-    tokenizer = Tokenizer(folder, config)
-    return load_model(folder, config, dtype, dequantize), tokenizer
-
-
-def load_model(folder: Path, config: ModelConfig, dtype=None, dequantize: bool = False) -> DiffusionGemma:
-    """The model alone."""
+    path = model_path(path_or_repo)
+    source = FolderSource(path) if path.is_dir() else GgufSource(path)
+    tokenizer = source.tokenizer()
     dtype = dtype or (mx.bfloat16 if mx.default_device().type == mx.gpu else mx.float32)
-    stored = stored_tensors(folder)
-    quantized = check_weights(stored, config, folder)
-    weights = _read_weights(stored, config)
-    if dequantize:
-        for path, how in quantized.items():
-            parts = [weights.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")]
-            weights[f"{path}.weight"] = mx.dequantize(*parts, **how._asdict()).astype(dtype)
-        quantized = {}
-    model = DiffusionGemma(config, dtype, read_generation_config(folder))
+    for note in source.notes(dtype, dequantize):
+        on_note(note)
+    return _build(source, dtype, dequantize), tokenizer
+
+
+class FolderSource:
+    """A Hugging Face or MLX folder, as gguf_weights.GgufSource is a file."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config, self.generation = read_config(folder), read_generation_config(folder)
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.folder, self.config)
+
+    def notes(self, dtype, dequantize: bool) -> list[str]:
+        return []
+
+    def weights(self, dtype, dequantize: bool) -> Weights:
+        """Every stored array; nothing is read from disk before it is used."""
+        stored = stored_tensors(self.folder)
+        quantized = check_weights(stored, self.config, self.folder)
+        arrays = _read_arrays(stored, self.config)
+        if dequantize:
+            for path, how in quantized.items():
+                parts = [arrays.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")]
+                arrays[f"{path}.weight"] = mx.dequantize(*parts, **how._asdict()).astype(dtype)
+            quantized = {}
+        return Weights(arrays, quantized)
+
+
+def _build(source: FolderSource | GgufSource, dtype, dequantize) -> DiffusionGemma:
+    arrays, quantized = source.weights(dtype, dequantize)
+    model = DiffusionGemma(source.config, dtype, source.generation)
     nn.quantize(model, class_predicate=lambda path, _: path in quantized and quantized[path]._asdict())
     wanted = {name for name, _ in tree_flatten(model.parameters())}
-    model.load_weights([(name, _cast(array, dtype)) for name, array in weights.items() if name in wanted])
+    model.load_weights([(name, _cast(array, dtype)) for name, array in arrays.items() if name in wanted])
     mx.eval(model.parameters())
     return model.eval()
 
 
-def _read_weights(stored, config):
-    """Every stored array under its MLX name; nothing is read from disk before it is used."""
-    weights = {}
+def _read_arrays(stored, config):
+    """Every stored array under its MLX name."""
+    arrays = {}
     names = {tensor.hf: tensor.mlx for tensor in text_tensors(config)}
     for file in sorted({entry.file for entry in stored.values()}):
         try:
-            arrays = mx.load(str(file))
+            found = mx.load(str(file))
         except RuntimeError as error:
             raise DgemmaError(f"{file}: cannot be read ({error}); download it again") from None
-        weights |= {names.get(name, name): array for name, array in arrays.items()}
-    return weights
+        arrays |= {names.get(name, name): array for name, array in found.items()}
+    return arrays
 
 
 def check_weights(stored: dict[str, StoredTensor], config: ModelConfig, where: Path) -> dict[str, Quantization]:

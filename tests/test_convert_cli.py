@@ -106,7 +106,7 @@ def test_wrong_model(error_line, tmp_path):
 
 
 def test_no_such_folder(error_line):
-    assert "no such folder; expected a model folder or a hub repo id" in error_line(src="./nowhere")
+    assert "no such folder or file; expected a model folder, a GGUF file, or a hub" in error_line(src="./nowhere")
 
 
 def test_hub_id_while_offline(tmp_path):

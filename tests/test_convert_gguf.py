@@ -301,3 +301,14 @@ def test_a_recipe_file_and_changes_on_the_command_line(tiny, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["types"] == {"F32": 87, "F16": 23, "Q8_0": 22, "Q4_1": 6, "Q5_0": 6}
     found = {name: t.tensor_type.name for name, t in read_all(out).items()}
     assert (found["blk.3.ffn_down_exps.weight"], found["blk.3.ffn_gate_up_exps.weight"]) == ("Q5_0", "Q4_1")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_demo_in_every_recipe(tmp_path, recipe):
+    report = run(DEMO, tmp_path / "x.gguf", to="gguf", recipe=recipe, verify=True)
+    found, checkpoint = read_all(tmp_path / "x.gguf"), open_checkpoint(convert.api.find_source(DEMO))
+    for t in report.plan.tensors:
+        rows = ggml_rows(checkpoint.values(t.tensor)[:], t.type.name)
+        assert found[t.tensor.gguf].data.tobytes() == rows.tobytes(), t.tensor.gguf
+    worst = max(e.relative_rms for e in report.errors)
+    assert worst < {"Q2_K": 0.35, "Q3_K_M": 0.2}.get(recipe, 0.13)

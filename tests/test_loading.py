@@ -132,7 +132,7 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
 def test_paths_that_are_no_model(tmp_path, monkeypatch):
     fails(tmp_path / "nowhere", "nowhere: no such folder")
     (tmp_path / "file").write_text("x")
-    fails(tmp_path / "file", "found a file, expected a")
+    fails(tmp_path / "file", "expected a GGUF file")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fails("some-owner/no-such-model", "some-owner/no-such-model: .*HF_HUB_OFFLINE")

@@ -23,6 +23,7 @@ from .types import BY_NUMBER, Type
 ALIGNMENT = 32  # bytes, where general.alignment says nothing
 MAX_ALIGNMENT = 1 << 20
 MAX_HEADER = 100_000_000  # bytes; the 26B's, with its vocabulary of 262,144 tokens and 514,906 merges, takes 16 MB
+MAX_NAME = 1_000  # characters; ggml stops at 63 for tensors. Errors and `info` repeat names, so they are printable
 MAX_DIMS = 4  # ggml's own limit
 # name, struct's letter, bytes
 SCALARS = {
@@ -91,7 +92,7 @@ def _read(path, data):
     metadata = {}
     # An entry takes at least its name's length, its type and one byte.
     for _ in range(cursor.count(n_keys, 8 + 4 + 1, "metadata keys")):
-        key = cursor.string("a metadata key")
+        key = cursor.name("a metadata key")
         if key in metadata:
             raise DgemmaError(f"{path}: metadata key {key} comes twice, expected once; {AGAIN}")
         metadata[key] = cursor.value(cursor.number(U32, key), key)
@@ -138,7 +139,7 @@ def _what_else(start):
 
 def _tensor_info(cursor):
     """name, type, shape, offset behind the header"""
-    path, name = cursor.path, cursor.string("a tensor's name")
+    path, name = cursor.path, cursor.name("a tensor's name")
     n_dims = cursor.number(U32, name)
     if n_dims > MAX_DIMS:
         raise DgemmaError(f"{path}: {name} has {n_dims} dimensions, expected at most {MAX_DIMS}; {AGAIN}")
@@ -221,6 +222,15 @@ class _Cursor:
 
     def number(self, form, what):
         return form.unpack_from(self.data, self.need(form.size, what))[0]
+
+    def name(self, what):
+        name = self.string(what)
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise DgemmaError(
+                f"{self.path}: {what} is {reprlib.repr(name)} of {len(name)} characters, expected at most {MAX_NAME} "
+                f"printable ones; {AGAIN}"
+            )
+        return name
 
     def string(self, what):
         return self.strings(1, what)[0]
