@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.quality import error_table
 from mlx_dgemma.units import count, human_bytes
 
 from .api import Planned, convert
@@ -149,8 +150,7 @@ def _as_text(report):
         return f"{plan_text(plan, report.notes)}\n{size}"
     lines = []
     if report.errors is not None:
-        lines.append(f"{'role':<18}{'tensors':>8}{'relative error':>16}{'largest':>12}")
-        lines += [f"{e.role:<18}{e.tensors:>8,}{e.relative_rms:>16.6f}{e.max_abs:>12.6f}" for e in report.errors]
+        lines.append(error_table(report.errors))
     lines.append(f"{report.out}: {human_bytes(plan.total_bytes)}{_pieces(plan)}, {report.seconds:.1f} s")
     return "\n".join(lines)
 

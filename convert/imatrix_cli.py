@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.units import count
 
 from .imatrix import Imatrix, write_imatrix
 from .output import appears_when_done, check_free_name
@@ -98,7 +99,8 @@ def summary(imatrix: Imatrix) -> dict:
 
 
 def _as_text(report):
-    text = "{out}: {matrices} matrices, {examples} examples, {canvases:,} canvases, {seconds:.1f} s".format(**report)
+    examples = count(report["examples"], "example")
+    text = "{out}: {matrices} matrices, {0}, {canvases:,} canvases, {seconds:.1f} s".format(examples, **report)
     if report["unseen_experts"]:
         unseen = f"{report['unseen_experts']:,} of {report['experts']:,} experts"
         text += f"\nnote: {unseen} saw no token and will be quantized without importance; give more or other examples"

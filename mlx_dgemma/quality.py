@@ -62,5 +62,12 @@ def role_errors(by_role: dict[str, list[TensorError]]) -> list[RoleError]:
     return lines
 
 
+def error_table(errors: list[RoleError]) -> str:
+    """For people: a line per role."""
+    lines = [f"{'role':<18}{'tensors':>8}{'relative error':>16}{'largest':>12}"]
+    lines += [f"{e.role:<18}{e.tensors:>8,}{e.relative_rms:>16.6f}{e.max_abs:>12.6f}" for e in errors]
+    return "\n".join(lines)
+
+
 def failed(found: str) -> DgemmaError:
-    return DgemmaError(f"verification failed: {found}; nothing was kept. Please report this as a defect")
+    return DgemmaError(f"verification failed: {found}. If this project wrote it, please report it as a defect")

@@ -7,8 +7,8 @@ import pytest
 
 from convert import convert
 from convert.checkpoint import open_checkpoint
-from mlx_dgemma.floats import from_float32, to_float32
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.floats import from_float32, to_float32
 from tests.tiny import from_bfloat16, make_tiny_checkpoint, tiny_weights, to_bfloat16, write_json, write_weights
 
 

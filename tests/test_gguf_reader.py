@@ -152,6 +152,8 @@ REFUSED = {
     "array's length": (build([key("a", ARR, struct.pack("<IQ", 6, 2**60))]), "a needs 4611686018427387904 bytes"),
     "strings": (build([key("a", ARR, struct.pack("<IQ", STR, 2**60))]), "1152921504606846976 strings of a need"),
     "nested": (build([key("a", ARR, struct.pack("<IQ", ARR, 1) + bytes(32))]), "a is an array of arrays"),
+    "endless name": (build([u32("a" * 1001, 1)]), "a metadata key is 'aaa.* of 1001 characters, expected at"),
+    "terminal codes": (build([], [info("\x1b[2J")], D), r"name is '\\x1b\[2J' of 4 characters, .* printable"),
     "value type": (build([key("a", 13, bytes(8))]), "a has value type 13, expected 0 to 12"),
     "item type": (build([key("a", ARR, struct.pack("<IQ", 99, 1) + bytes(8))]), "a has value type 99"),
     "key not UTF-8": (build([key(b"\xff\xfe", U32, bytes(4))]), r"a metadata key is b'\\xff\\xfe', expected UTF-8"),
@@ -166,8 +168,8 @@ REFUSED = {
     "row and block": (build([], [info("w", (48,), 12)], D), "w has rows of 48, expected a multiple of 256 for Q4_K"),
     "offset": (build([], [info("w", offset=16)], bytes(64)), "w starts at 16, expected a multiple of 32"),
     "truncated": (build([], W, D[:-1]), r"w ends at byte 80, expected the end within 79 bytes;.*download incomplete"),
-    "far away": (build([], [info("w", offset=2**63)], D), "w ends at byte 9223372036854775888, expected the end within 80 bytes"),
-    "overlap": (build([], [info("v", (9,)), info("w", offset=32)], bytes(96)), "w starts at byte .*, expected .* or later"),
+    "far away": (build([], [info("w", offset=2**63)], D), "w ends at byte 9223372036854775888, expected .* 80 bytes"),
+    "overlap": (build([], [info("v", (9,)), info("w", offset=32)], bytes(96)), "w starts at .*, expected .* or later"),
     "alignment 0": (build([u32("general.alignment", 0)]), "general.alignment is 0, expected a power of two"),
     "alignment 48": (build([u32("general.alignment", 48)]), "general.alignment is 48, expected a power of two"),
     "alignment 2^31": (build([u32("general.alignment", 2**31)]), "general.alignment is 2147483648, .*at most 1048576"),
@@ -207,11 +209,12 @@ def test_a_vocabulary_of_the_released_size_takes_about_a_second(tmp_path):
         key("tokenizer.ggml.scores", ARR, struct.pack("<IQ", 6, 262_144) + bytes(4 * 262_144)),
     ]
     content = build(keys)
-    began = time.perf_counter()
+    began = time.process_time()
     file = read(tmp_path, content)
+    seconds = time.process_time() - began
     assert file.get("tokenizer.ggml.tokens")[262_143] == "word262143"
     assert file.get("tokenizer.ggml.merges")[514_905] == "left514905 right514905"
-    assert time.perf_counter() - began < 5  # 0.4 s measured; the rest is for a busy machine
+    assert seconds < 3  # 0.15 s measured
 
 
 SMALL = build(
@@ -254,7 +257,7 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("mutated") / "file.gguf"
 
 
-MANY = settings(max_examples=300, deadline=2000)
+MANY = settings(max_examples=300, deadline=10_000)
 
 
 @MANY
@@ -273,7 +276,7 @@ def test_bits_flipped_anywhere(path, flips):
     read_or_refuse(path, bytes(content))
 
 
-@settings(max_examples=100, deadline=2000)
+@settings(max_examples=100, deadline=10_000)
 @given(end=st.integers(0, len(SMALL)))
 def test_files_cut_anywhere(path, end):
     read_or_refuse(path, SMALL[:end])

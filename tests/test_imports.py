@@ -17,10 +17,10 @@ MAY_IMPORT = {
 WITHOUT_MLX = [
     "config", "tensors", "noise", "errors", "shards", "hub", "tokenizer", "units",
     "events", "schedule", "denoise", "session", "view", "cli", "floats", "quality",
-    "gguf.model", "gguf.metadata", "gguf.vocabulary", "gguf.rope",
+    "gguf.model", "gguf.metadata", "gguf.vocabulary", "gguf.rope", "gguf.gemma4", "gguf.sentencepiece_model",
 ]
 # fmt: on
-WITH_MLX = ["loading", "model", "engine", "api", "gguf_weights", "attention", "moe", "layers", "cache", "sampler", "masks"]
+WITH_MLX = "loading model engine api gguf_weights attention moe layers cache sampler masks".split()
 
 
 def imported(file):

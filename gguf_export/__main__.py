@@ -1,0 +1,17 @@
+"""The command's first lines: standard library only, so that Ctrl-C works from the start. The commands are in cli.py."""
+
+import sys
+
+
+def main() -> int:
+    try:
+        from .cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
