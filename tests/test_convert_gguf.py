@@ -52,7 +52,7 @@ def ggml_rows(values, name, importance=None):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_ggmls_bytes(wide, tmp_path, monkeypatch, recipe):
-    monkeypatch.setattr(convert.to_gguf, "PIECE", 1000)  # pieces of a few rows, so that their joints are tested
+    monkeypatch.setattr(convert.to_gguf, "PIECE", 10_000)  # pieces of a few rows, so that their joints are tested
     report = run(wide, tmp_path / "x.gguf", to="gguf", recipe=recipe, verify=True)
     found, checkpoint = read_all(tmp_path / "x.gguf"), open_checkpoint(wide)
     assert len(found) == report.plan.tensor_count == 1 + len(report.plan.tensors)
@@ -111,7 +111,7 @@ def test_ggmls_own_reader_accepts_the_file(wide, tmp_path):
 
 def test_vision_stays_outside(tmp_path):
     source = make_tiny_checkpoint(tmp_path / "source", vision=True)
-    run(source, tmp_path / "x.gguf", to="gguf", recipe="Q8_0")
+    run(source, tmp_path / "x.gguf", to="gguf", recipe="Q8_0", verify=True)
     assert not [name for name in read_all(tmp_path / "x.gguf") if "vision" in name or name.startswith("v.")]
 
 

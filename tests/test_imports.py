@@ -20,7 +20,7 @@ WITHOUT_MLX = [
     "gguf.model", "gguf.metadata", "gguf.vocabulary", "gguf.rope", "gguf.gemma4", "gguf.sentencepiece_model",
 ]
 # fmt: on
-WITH_MLX = "loading model engine api gguf_weights attention moe layers cache sampler masks".split()
+WITH_MLX = {"loading", "model", "engine", "api", "gguf_weights", "attention", "moe", "layers", "cache", "sampler"}
 
 
 def imported(file):
