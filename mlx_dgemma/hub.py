@@ -23,13 +23,16 @@ def model_path(path_or_repo, files=MODEL_FILES) -> Path:
     name = str(path_or_repo)
     if path.is_file():
         return path
-    if name.endswith(".gguf") and name.count("/") == 2 and not path.exists() and not name.startswith((".", "/", "~")):
-        return _gguf_from_hub(*name.rsplit("/", 1))
+    if name.endswith(".gguf") and name.count("/") >= 2 and not path.exists() and not name.startswith((".", "/", "~")):
+        owner, repo, file = name.split("/", 2)  # repos keep some types in folders
+        return _gguf_from_hub(f"{owner}/{repo}", file)
     folder = model_folder(path_or_repo, files)
     if path.is_dir():
-        found = sorted(file.name for file in folder.glob("*.gguf"))
+        found = _models(file.name for file in folder.glob("*.gguf"))
     else:
-        found = [] if any(folder.glob("*.safetensors")) or (folder / "config.json").exists() else _gguf_names(name)
+        # Without "*.safetensors" among `files` their absence says nothing; a config.json comes with GGUF repos too.
+        complete = any(folder.glob("*.safetensors")) or "*.safetensors" not in files
+        found = [] if complete else _gguf_names(name)
     if not found or any(folder.glob("*.safetensors")):
         return folder
     if len(found) == 1 and path.is_dir():
@@ -66,7 +69,12 @@ def _gguf_names(repo) -> list[str]:
     import huggingface_hub
 
     names = _fetch(repo, lambda: huggingface_hub.HfApi().list_repo_files(repo))
-    return sorted(name for name in names if name.endswith(".gguf"))
+    return _models(name for name in names if name.endswith(".gguf"))
+
+
+def _models(names) -> list[str]:
+    """Vision towers travel beside GGUF models as mmproj files; they are no model of their own."""
+    return sorted(name for name in names if not Path(name).name.startswith("mmproj"))
 
 
 def _fetch(name: str, get: Callable):

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from .config import ModelConfig, read_config, read_generation_config
 from .errors import DgemmaError
-from .gguf_weights import GgufSource, Quantization, Weights
+from .gguf_weights import FLOAT_TAGS, GgufSource, Quantization, Weights
 from .hub import model_path
 from .model import DiffusionGemma
 from .shards import FLOATS, StoredTensor, stored_tensors
@@ -37,6 +37,8 @@ def load(
     on_note: is told what a user should know before the weights are read, as that a GGUF grows in memory.
     Raises DgemmaError for what is not a complete DiffusionGemma checkpoint, or cannot fit the device's memory.
     """
+    if dtype is not None and dtype not in FLOAT_TAGS:
+        raise DgemmaError(f"dtype is {dtype}, expected float32, bfloat16 or float16")
     path = model_path(path_or_repo)
     source = FolderSource(path) if path.is_dir() else GgufSource(path)
     tokenizer = source.tokenizer()

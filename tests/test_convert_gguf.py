@@ -26,7 +26,8 @@ from tests.tiny_gguf import make_tiny_gguf
 
 DEMO = "demo/checkpoint"
 # Rows of 256 and of 64, so that K-quants are met and so are their fallbacks.
-WIDE = {"hidden_size": 256, "num_hidden_layers": 6, "head_dim": 64, "global_head_dim": 64}
+WIDE = {"hidden_size": 256, "num_hidden_layers": 2, "head_dim": 64, "global_head_dim": 64}
+WIDE["layer_types"] = ["sliding_attention", "full_attention"]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_tensors_without_importance_are_said(wide, tmp_path):
     imatrix_for(read_config(wide), tmp_path / "i.gguf", leave_out=("attn_q",))
     report = run(wide, None, to="gguf", recipe="Q4_K_M", imatrix=tmp_path / "i.gguf", dry_run=True)
     (note,) = [note for note in report.notes if "importance" in note]
-    assert note.startswith("the importance matrix says nothing of 6 of ")
+    assert note.startswith("the importance matrix says nothing of 2 of ")
     assert "(blk.0.attn_q.weight, …), quantized without it" in note
 
 

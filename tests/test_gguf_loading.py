@@ -21,7 +21,8 @@ from tests.tiny_gguf import make_tiny_gguf
 def wide(tmp_path_factory):
     """Rows of 256, for K-quants."""
     folder = tmp_path_factory.mktemp("wide") / "wide"
-    return make_tiny_checkpoint(folder, dtype="bfloat16", hidden_size=256, head_dim=64, global_head_dim=64)
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    return make_tiny_checkpoint(folder, dtype="bfloat16", hidden_size=256, head_dim=64, global_head_dim=64, **layers)
 
 
 def logits(path, **options):
@@ -107,6 +108,25 @@ def test_one_file_of_a_hub_repo(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: str(tmp_path / f"{repo}-{file}"))
     assert model_path("owner/name/x-Q4_K_M.gguf") == tmp_path / "owner/name-x-Q4_K_M.gguf"
+
+
+def test_a_file_in_a_subfolder_of_a_hub_repo(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file: str(tmp_path / repo / file))
+    assert model_path("owner/name/Q8_0/x.gguf") == tmp_path / "owner/name/Q8_0/x.gguf"
+
+
+def test_a_vision_projector_is_no_model(tmp_path):
+    for name in ("model.gguf", "mmproj-model.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert model_path(tmp_path) == tmp_path / "model.gguf"
+
+
+def test_an_unknown_dtype_is_refused(tmp_path):
+    path = make_tiny_gguf(tmp_path / "x.gguf")
+    with pytest.raises(DgemmaError, match="dtype is .*int8, expected float32, bfloat16 or float16"):
+        mlx_dgemma.load(path, dtype=mx.int8)
 
 
 def test_a_hub_repo_of_gguf_files_names_them(monkeypatch, tmp_path):
