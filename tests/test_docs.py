@@ -12,6 +12,7 @@ from convert.cli import _parser as convert_parser
 from convert.imatrix_cli import _parser as imatrix_parser
 from convert.plan_gguf import make_gguf_plan
 from convert.recipes_gguf import RECIPES as GGUF_RECIPES
+from gguf_export.cli import _parser as gguf_parser
 from mlx_dgemma.cli import parse
 from mlx_dgemma.config import GenerationConfig, parse_config
 from mlx_dgemma.gguf.metadata import metadata
@@ -34,6 +35,8 @@ def test_commands_have_the_options_shown(page):
             parse(arguments)
         elif module == "convert" and arguments[0] == "imatrix":
             imatrix_parser().parse_args(arguments[1:])
+        elif module == "gguf_export":
+            gguf_parser().parse_args(arguments)
         elif module == "convert":
             convert_parser().parse_args(arguments)
 
