@@ -59,7 +59,9 @@ def _parser():
         "model", metavar="MODEL", help="model folder, GGUF file or hub id: the one to quantize, or an 8-bit copy"
     )
     parser.add_argument("--data", required=True, metavar="FILE", help="examples, see below")
-    parser.add_argument("--out", required=True, metavar="FILE", help="new importance matrix, as in imatrix.gguf")
+    parser.add_argument(
+        "--out", default="imatrix.gguf", metavar="FILE", help="new importance matrix (default: imatrix.gguf)"
+    )
     parser.add_argument("--examples", type=int, metavar="N", help="use the first N examples (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the noise (default 0)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -43,8 +43,10 @@ def _add_info(commands):
     parser.add_argument(
         "--verify",
         metavar="SRC",
-        help="reopen the file with llama.cpp's reader and report the error per role against SRC, the checkpoint folder "
-        "or GGUF file it was made from",
+        nargs="?",
+        const="",
+        help="reopen the file with llama.cpp's reader and dequantize every tensor; with SRC, the checkpoint folder or "
+        "GGUF file it was made from, report the error per role",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.set_defaults(run=_info)
@@ -56,13 +58,17 @@ def _info(options):
     from .info import as_text, summarize
 
     summary = summarize(read_gguf(options.file))
-    errors = None
-    if options.verify:
+    table = ""
+    if options.verify is not None:
         from .verify import open_source, verify_gguf
 
-        errors = verify_gguf(Path(options.file), open_source(Path(options.verify)))
-        summary["verify"] = [error._asdict() for error in errors]
+        # Without a source the file is compared with itself, as our reader and llama.cpp's have it.
+        errors = verify_gguf(Path(options.file), open_source(Path(options.verify or options.file)))
+        summary["verify"] = [error._asdict() for error in errors] if options.verify else []
+        table = (
+            error_table(errors) if options.verify else "verified       every tensor is there, finite, and read alike"
+        )
     print(json.dumps(summary) if options.json else as_text(summary))
-    if errors is not None and not options.json:
-        print(f"\n{error_table(errors)}")
+    if table and not options.json:
+        print(f"\n{table}")
     return 0

@@ -28,6 +28,17 @@ def test_info_verify(tiny, written, capsys):
     assert "relative error" in capsys.readouterr().out
 
 
+def test_info_verify_without_a_source(written, capsys):
+    assert main(["info", str(written), "--verify"]) == 0
+    assert "every tensor is there, finite, and read alike" in capsys.readouterr().out
+    place = read_gguf(written).tensors["blk.3.ffn_up.weight"]
+    data = bytearray(written.read_bytes())
+    data[place.start : place.start + 2] = np.float16(np.inf).tobytes()  # the first block's scale
+    written.write_bytes(data)
+    assert main(["info", str(written), "--verify"]) == 1
+    assert "blk.3.ffn_up.weight holds infinity or NaN" in capsys.readouterr().err
+
+
 def test_a_gguf_by_other_hands_is_its_own_source(tmp_path):
     path = make_tiny_gguf(tmp_path / "x.gguf", "Q4_0")
     assert {e.relative_rms for e in verify_gguf(path, open_source(path))} == {0.0}
