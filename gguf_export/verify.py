@@ -113,7 +113,7 @@ def _compare(tensor, found, source, path, checked):
         for start in range(0, len(source), step):
             rows = slice(start, start + step)
             want, piece = source[rows], data[rows]
-            check_source(want, tensor.hf, "the source")
+            check_source(want, f"{tensor.hf} ({tensor.gguf})", "the source")
             error.add(want, gguf.dequantize(piece, found.tensor_type))
             checked(tensor.gguf, piece.nbytes)
         error.check()

@@ -36,7 +36,7 @@ def test_info_verify_without_a_source(written, capsys):
     data[place.start : place.start + 2] = np.float16(np.inf).tobytes()  # the first block's scale
     written.write_bytes(data)
     assert main(["info", str(written), "--verify"]) == 1
-    assert "blk.3.ffn_up.weight holds infinity or NaN" in capsys.readouterr().err
+    assert "blk.3.ffn_up.weight) holds infinity or NaN" in capsys.readouterr().err
 
 
 def test_a_gguf_by_other_hands_is_its_own_source(tmp_path):
