@@ -30,7 +30,7 @@ def main(argv=None) -> int:
     args = _parser().parse_args(argv)
     if args.out is None and not args.dry_run:
         _parser().error("OUT is needed, unless --dry-run is given")
-    is_gguf = args.out is not None and args.out.endswith(".gguf")
+    is_gguf = args.out is not None and args.out.lower().endswith(".gguf")
     if is_gguf and args.to == "mlx":
         _parser().error(f"--to mlx writes a folder, found OUT {args.out}")
     to = args.to or ("gguf" if is_gguf else "mlx")

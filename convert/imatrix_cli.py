@@ -33,8 +33,9 @@ def main(argv: list[str]) -> int:
         _parser().error("--examples must be at least 1")
     began = time.monotonic()
     try:
-        imatrix, passages = _collect(args)
-        with appears_when_done(Path(args.out), _nbytes(imatrix), folder=False) as scratch:
+        check_free_name(Path(args.out))
+        with appears_when_done(Path(args.out), 0, folder=False) as scratch:  # a wrong place is known before the work
+            imatrix, passages = _collect(args)
             write_imatrix(imatrix, scratch)
     except DgemmaError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -107,7 +108,3 @@ def _as_text(report):
         unseen = f"{report['unseen_experts']:,} of {report['experts']:,} experts"
         text += f"\nnote: {unseen} saw no token and will be quantized without importance; give more or other examples"
     return text
-
-
-def _nbytes(imatrix):
-    return sum(entry.sums.nbytes + entry.counts.nbytes + 1000 for entry in imatrix.entries.values())

@@ -14,6 +14,7 @@ from gguf_export.quantize import IGNORE_IMPORTANCE
 from mlx_dgemma.config import ModelConfig
 from mlx_dgemma.gguf.types import TYPES, Type
 from mlx_dgemma.tensors import Tensor, text_tensors
+from mlx_dgemma.units import count
 
 from .imatrix import Imatrix
 from .plan import RoleSummary, by_role
@@ -111,7 +112,7 @@ def _without_importance(tensors, imatrix):
 def _fallbacks(tensors):
     fell = Counter((t.tensor.shape[-1], t.wanted.name, t.type.name) for t in tensors if t.type != t.wanted)
     return tuple(
-        f"{n} tensors with rows of {row} do not fit the {TYPES[wanted].block}-weight blocks of {wanted} "
-        f"and become {given}"
+        f"{count(n, 'tensor')} with rows of {row}: no whole number of {wanted}'s blocks of {TYPES[wanted].block}, "
+        f"so {given}"
         for (row, wanted, given), n in fell.items()
     )

@@ -55,12 +55,13 @@ def find_recipe(name: str | Path, to: str = "mlx", tensor_types: tuple[str, ...]
 
 def _named_or_file(name, to):
     recipes = TARGETS[to]
-    if str(name) in recipes:
-        return recipes[str(name)]
+    if found := recipes.get(str(name)) or recipes.get(str(name).upper()):  # llama-quantize's names in any case
+        return found
     for other, theirs in TARGETS.items():
         if str(name) in theirs:
             raise DgemmaError(
-                f"recipe {str(name)!r} is for --to {other}, expected one of {', '.join(recipes)} for --to {to}"
+                f"recipe {str(name)!r} is for --to {other}, expected one of {', '.join(recipes)} for --to {to}; "
+                f"add --to {other} if that is meant"
             )
     path = Path(name)
     if path.suffix == ".json" or path.is_file():
@@ -136,6 +137,8 @@ TARGET_ROLES = {"mlx": QUANTIZED_ROLES, "gguf": recipes_gguf.GGUF_QUANTIZED_ROLE
 def _precision(value, key, where, to):
     """The target's own word, or its equivalent of the other's."""
     words = PRECISIONS if to == "mlx" else WRITABLE
+    if isinstance(value, str) and value.upper() in WRITABLE:
+        value = value.upper()  # llama.cpp prints q4_K and takes any case
     if isinstance(value, str) and value not in words:
         column = ("mlx", "gguf").index(to)
         value = next((pair[column] for pair in EQUIVALENTS if pair[1 - column] == value), value)

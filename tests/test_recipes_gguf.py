@@ -149,7 +149,7 @@ def test_rows_that_do_not_fit_fall_back(type, row, given):
 
 def test_a_fallback_is_said_in_the_plan():
     notes = plan_26b("Q4_K_M").notes
-    assert "16 tensors with rows of 704 do not fit the 256-weight blocks of Q4_K and become Q5_0" in notes
+    assert "16 tensors with rows of 704: no whole number of Q4_K's blocks of 256, so Q5_0" in notes
     assert set(FALLBACKS.values()) <= set(TYPES)
 
 
@@ -203,6 +203,11 @@ def test_every_precision_has_an_equivalent():
 def test_a_wrong_change_is_refused(change, message):
     with pytest.raises(DgemmaError, match=message):
         find_recipe("Q4_K_M", "gguf", (change,))
+
+
+def test_names_are_taken_in_any_case():
+    assert find_recipe("q4_k_m", "gguf") == RECIPES["Q4_K_M"]
+    assert find_recipe("Q8_0", "gguf", ("ffn_down_exps=q4_K",)).overrides == {"ffn_down_exps": "Q4_K"}
 
 
 def test_a_recipe_of_the_other_target_is_named():
