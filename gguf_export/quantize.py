@@ -24,7 +24,9 @@ def check_can_quantize(types: set[str], importance: bool) -> None:
     """Raises DgemmaError that names the extra, before anything is read, where a type needs ggml and there is none."""
     hard = sorted(t for t in types if t not in SIMPLE or (importance and t not in IGNORE_IMPORTANCE))
     if hard:
-        need_ggml(f"{', '.join(hard)}{' with an importance matrix' if importance else ''}")
+        need_ggml(
+            f"{', '.join(hard)}{' with an importance matrix' if importance else ''}: only ggml can quantize to this"
+        )
 
 
 def quantize(values: np.ndarray, type: Type, importance: np.ndarray | None = None) -> np.ndarray:
@@ -34,7 +36,7 @@ def quantize(values: np.ndarray, type: Type, importance: np.ndarray | None = Non
         importance = None
     if type.name in FLOATS or (find_ggml() is None and importance is None and type.name in SIMPLE):
         return _with_numpy(values, type)
-    library = need_ggml(type.name)
+    library = need_ggml(f"{type.name}: only ggml can quantize to this")
     rows, row = values.shape
     out = np.empty((rows, type.row_bytes(row)), np.uint8)
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)

@@ -1,0 +1,69 @@
+"""The devices a ggml library can compute on, by ggml's names: CPU, CUDA0, Metal, Vulkan0.
+
+Source   ggml-backend.h
+"""
+
+import ctypes
+from typing import NamedTuple
+
+from mlx_dgemma.errors import DgemmaError
+
+from .ggml import Ggml, need_ggml
+
+KINDS = {0: "cpu", 1: "gpu", 2: "integrated gpu", 3: "accelerator", 4: "several"}
+GPUS = ("gpu", "integrated gpu")
+
+
+class Device(NamedTuple):
+    name: str
+    kind: str
+    description: str
+    free: int  # bytes
+    total: int  # bytes
+    handle: int  # ggml's own
+
+
+def open_ggml() -> Ggml:
+    """The library, its devices found. Raises DgemmaError where there is none, or one too old."""
+    library = need_ggml("running a graph takes ggml")
+    library.open_backends()
+    return library
+
+
+def devices(library: Ggml) -> list[Device]:
+    """All of them, in ggml's order."""
+    return [_device(library, library.ggml_backend_dev_get(i)) for i in range(library.ggml_backend_dev_count())]
+
+
+def choose(library: Ggml, name: str = "auto") -> Device:
+    """A device by name, in any case; "auto" is the first GPU, else the CPU. Raises DgemmaError that lists them."""
+    found = devices(library)
+    if name == "auto":
+        return next((d for d in found if d.kind in GPUS), None) or cpu(found)
+    for device in found:
+        if device.name.lower() == name.lower():
+            return device
+    raise DgemmaError(f"device {name!r} is not here, expected auto or one of {', '.join(d.name for d in found)}")
+
+
+def cpu(found: list[Device]) -> Device:
+    """The CPU, which computes what another device cannot. Raises DgemmaError."""
+    for device in found:
+        if device.kind == "cpu":
+            return device
+    raise DgemmaError(
+        "ggml finds no CPU device, expected libggml-cpu beside libggml; install a whole llama.cpp release"
+    )
+
+
+def _device(library, handle):
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    library.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    return Device(
+        library.ggml_backend_dev_name(handle).decode(),
+        KINDS.get(library.ggml_backend_dev_type(handle), "other"),
+        library.ggml_backend_dev_description(handle).decode(errors="replace"),
+        free.value,
+        total.value,
+        handle,
+    )

@@ -1,0 +1,359 @@
+"""Runs graphs on ggml: weights on their devices, what persists between graphs, and compiled graphs.
+
+Shapes   arrays are slowest axis first, as many axes as the caller likes; `ne` order stays inside
+Source   ggml-backend.h; llama.cpp's use of ggml's scheduler
+
+On the CPU (and wherever a device computes on host memory) weights are mapped from the file, not copied.
+"""
+
+import contextlib
+import ctypes
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.gguf.model import GgufModel
+from mlx_dgemma.gguf.values import to_float32
+from mlx_dgemma.units import human_bytes
+
+from .description import Graph, Leaf
+from .devices import Device, cpu, devices
+from .ggml import EvalCallback, Ggml, InitParams
+from .ggml_graph import TYPE_NUMBERS, build_node
+from .graph_numpy import KINDS
+from .ops import VIEWS, Spec
+
+UPLOAD = 64 << 20  # bytes copied to a device at a time
+USAGE_WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
+MAX_NAME = 63  # characters, ggml's limit
+
+
+class Split(NamedTuple):
+    """Which layers' weights and prefix are on the device; the others, and all of it for 0, are on the CPU."""
+
+    first_layer: int  # from this one on
+
+    def on_device(self, name: str) -> bool:
+        parts = name.split(".")
+        return not (parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) < self.first_layer)
+
+
+class Executor:
+    """One model's weights on one device, or split between it and the CPU. Close it, or let go of it."""
+
+    def __init__(self, library: Ggml, model: GgufModel, device: Device, n_layers_on_device: int | None, threads: int):
+        self.g, self.model, self.device = library, model, device
+        found = devices(library)
+        host = cpu(found)
+        layers = model.config.num_hidden_layers
+        kept = layers if n_layers_on_device is None else min(n_layers_on_device, layers)
+        self.split = Split(layers - kept)
+        self._devices = [device] if device.kind == "cpu" or kept == 0 else [device, host]
+        if kept == 0:
+            self._devices = [host]
+        self._clean = contextlib.ExitStack()
+        weakref.finalize(self, self._clean.close)
+        self.backends = [self._start(d) for d in self._devices]
+        self._set_threads(host, threads)
+        self.tensors: dict[str, int] = {}  # weights by name, ggml's handles
+        self.weight_bytes = {d.name: 0 for d in self._devices}
+
+    def close(self) -> None:
+        self._clean.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _start(self, device):
+        backend = self.g.ggml_backend_dev_init(device.handle, None)
+        if not backend:
+            raise DgemmaError(f"device {device.name} does not start{self.last_words()}; try --device CPU")
+        self._clean.callback(self.g.ggml_backend_free, backend)
+        return backend
+
+    def _set_threads(self, host, threads):
+        registry = self.g.ggml_backend_dev_backend_reg(host.handle)
+        address = self.g.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+        if address and host in self._devices:
+            call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)
+            call(self.backends[self._devices.index(host)], threads)
+
+    def last_words(self) -> str:
+        return f" ({self.g.messages[-1]})" if self.g.messages else ""
+
+    def place(self, name: str) -> int:
+        """Index of the device that holds a weight or a layer's prefix."""
+        return 0 if self.split.on_device(name) else len(self._devices) - 1
+
+    # Weights
+
+    def load(self, leaves: list[Leaf]) -> None:
+        """Put every weight and derived table where it belongs. Raises DgemmaError where it does not fit."""
+        for i, device in enumerate(self._devices):
+            here = [leaf for leaf in leaves if self.place(leaf.name) == i and leaf.name not in self.tensors]
+            stored = [leaf for leaf in here if leaf.kind == "weight"]
+            derived = [leaf for leaf in here if leaf.kind == "derived"]
+            if device.kind == "cpu":
+                self._map(device, stored)
+            else:
+                self._upload(device, stored, lambda leaf: _stored_bytes(self.model, leaf.name))
+            self._upload(device, derived, lambda leaf: _transposed(self.model, leaf))
+
+    def _map(self, device, leaves):
+        """The file's own pages as weights."""
+        if not leaves:
+            return
+        self._mapped = np.memmap(self.model.file.path, np.uint8, "r")
+        base, largest = self._mapped.ctypes.data, max(leaf.spec.nbytes for leaf in leaves)
+        buffer = self.g.ggml_backend_dev_buffer_from_host_ptr(device.handle, base, self._mapped.nbytes, largest)
+        if not buffer:
+            raise DgemmaError(f"{self.model.file.path}: cannot be used in place on {device.name}{self.last_words()}")
+        self._clean.callback(self.g.ggml_backend_buffer_free, buffer)
+        context = self._context(len(leaves))
+        for leaf in leaves:
+            handle = self.new_tensor(context, leaf.name, leaf.spec)
+            start = self.model.file.tensors[leaf.name].start
+            self.g.ggml_backend_tensor_alloc(buffer, handle, base + start)
+            self.tensors[leaf.name] = handle
+        self.g.ggml_backend_buffer_set_usage(buffer, USAGE_WEIGHTS)
+        self.weight_bytes[device.name] += sum(leaf.spec.nbytes for leaf in leaves)
+
+    def _upload(self, device, leaves, pieces: Callable):
+        if not leaves:
+            return
+        context = self._context(len(leaves))
+        handles = {leaf.name: self.new_tensor(context, leaf.name, leaf.spec) for leaf in leaves}
+        buffer = self.allocate(device, context, "weights", sum(leaf.spec.nbytes for leaf in leaves))
+        self._clean.callback(self.g.ggml_backend_buffer_free, buffer)
+        self.g.ggml_backend_buffer_set_usage(buffer, USAGE_WEIGHTS)
+        for leaf in leaves:
+            at = 0
+            for piece in pieces(leaf):
+                self.set(handles[leaf.name], piece, at)
+                at += piece.nbytes
+            assert at == leaf.spec.nbytes, (leaf.name, at, leaf.spec.nbytes)
+        self.tensors |= handles
+        self.weight_bytes[device.name] += sum(leaf.spec.nbytes for leaf in leaves)
+
+    # What both weights and states need
+
+    def _context(self, n):
+        context = new_context(self.g, n)
+        self._clean.callback(self.g.ggml_free, context)
+        return context
+
+    def new_tensor(self, context, name: str, spec: Spec) -> int:
+        handle = self.g.ggml_new_tensor(context, TYPE_NUMBERS[spec.type], 4, (ctypes.c_int64 * 4)(*spec.ne))
+        self.g.ggml_set_name(handle, name.encode()[:MAX_NAME])
+        return handle
+
+    def allocate(self, device: Device, context, what: str, nbytes: int) -> int:
+        """A buffer on `device` for every tensor of `context`. Raises DgemmaError that says how much was wanted."""
+        buffer = self.g.ggml_backend_alloc_ctx_tensors_from_buft(
+            context, self.g.ggml_backend_dev_buffer_type(device.handle)
+        )
+        if not buffer:
+            raise self.too_little(device, what, nbytes)
+        return buffer
+
+    def too_little(self, device, what, nbytes):
+        free = next(d.free for d in devices(self.g) if d.name == device.name)
+        advice = "choose a smaller recipe, fewer --n-gpu-layers, or --device CPU"
+        return DgemmaError(
+            f"{device.name} has {human_bytes(free)} free, expected {human_bytes(nbytes)} more for {what}; {advice}"
+        )
+
+    def set(self, handle, array: np.ndarray, offset: int = 0) -> None:
+        array = np.ascontiguousarray(array)
+        self.g.ggml_backend_tensor_set(handle, array.ctypes.data, offset, array.nbytes)
+
+    def get(self, handle, spec: Spec) -> np.ndarray:
+        array = np.empty(spec.ne[::-1], KINDS[spec.type])
+        self.g.ggml_backend_tensor_get(handle, array.ctypes.data, 0, array.nbytes)
+        return array
+
+    def new_state(self, leaves: list[Leaf]) -> "State":
+        return State(self, leaves)
+
+    def compute(self, state: "State", graph: Graph, inputs: dict, targets: tuple, every=False) -> dict:
+        """Run what `targets` need; their values by name. every: the values of all nodes that are no views."""
+        return state.compiled(graph, targets, every).run(inputs)
+
+
+class State:
+    """What one batch keeps between graphs: the prefix of every layer, the canvas, and the previous step's beliefs.
+
+    Holds the graphs compiled for it too, since those point into its memory.
+    """
+
+    def __init__(self, executor: Executor, leaves: list[Leaf]):
+        self.executor, self.leaves = executor, {leaf.name: leaf for leaf in leaves}
+        self.tensors: dict[str, int] = {}
+        self._graphs: dict[str, tuple] = {}
+        self._clean = contextlib.ExitStack()
+        weakref.finalize(self, self._clean.close)
+        g = executor.g
+        for i, device in enumerate(executor._devices):
+            here = [leaf for leaf in leaves if executor.place(leaf.name) == i]
+            if not here:
+                continue
+            context = new_context(g, len(here))
+            self._clean.callback(g.ggml_free, context)
+            for leaf in here:
+                self.tensors[leaf.name] = executor.new_tensor(context, leaf.name, leaf.spec)
+            buffer = executor.allocate(device, context, "the prefix", sum(leaf.spec.nbytes for leaf in here))
+            self._clean.callback(g.ggml_backend_buffer_free, buffer)
+            g.ggml_backend_buffer_clear(buffer, 0)  # slots nobody wrote are read, then masked; they must be numbers
+
+    def close(self):
+        for _, compiled in self._graphs.values():
+            compiled.close()
+        self._clean.close()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.spec.nbytes for leaf in self.leaves.values())
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of the compiled graphs, on all devices."""
+        return sum(compiled.nbytes for _, compiled in self._graphs.values())
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        spec = self.leaves[name].spec
+        self.executor.set(self.tensors[name], np.asarray(array, KINDS[spec.type]).reshape(spec.ne[::-1]))
+
+    def read(self, name: str) -> np.ndarray:
+        return self.executor.get(self.tensors[name], self.leaves[name].spec)
+
+    def copy(self) -> "State":
+        """The same contents in memory of its own."""
+        twin = State(self.executor, list(self.leaves.values()))
+        for name, handle in self.tensors.items():
+            self.executor.g.ggml_backend_tensor_copy(handle, twin.tensors[name])
+        return twin
+
+    def compiled(self, graph: Graph, targets, every) -> "Compiled":
+        """The graph, ready to run; one of each phase is kept, and goes when another shape is asked for."""
+        key = (graph.names["T"], graph.names["S_sliding"], graph.names["S_full"], targets, every)
+        if graph.phase in self._graphs:
+            old_key, compiled = self._graphs[graph.phase]
+            if old_key == key:
+                return compiled
+            compiled.close()
+            del self._graphs[graph.phase]
+        compiled = Compiled(self, graph, targets, every)
+        self._graphs[graph.phase] = key, compiled
+        return compiled
+
+
+class Compiled:
+    """A graph with memory of its own, scheduled over the devices."""
+
+    def __init__(self, state: State, graph: Graph, targets: tuple, every: bool):
+        self.executor, self.graph = state.executor, graph
+        g = self.g = state.executor.g
+        nodes = graph.wanted(targets)
+        self._clean = contextlib.ExitStack()
+        weakref.finalize(self, self._clean.close)
+        read = {name for node in nodes for name in node.inputs}
+        inputs = [leaf for leaf in graph.leaves.values() if leaf.kind == "input" and leaf.name in read]
+        size = len(nodes) + len(graph.leaves) + 64
+        context = new_context(g, size, size)
+        self._clean.callback(g.ggml_free, context)
+        self.inputs = {leaf.name: (executor_input(self.executor, context, leaf), leaf) for leaf in inputs}
+        self._last: dict[str, np.ndarray] = {}
+        handles = {**self.executor.tensors, **state.tensors, **{name: h for name, (h, _) in self.inputs.items()}}
+        for node in nodes:
+            spec = graph.specs[node.name]
+            made = build_node(g, context, node.op, spec, [handles[i] for i in node.inputs], node.params)
+            assert g.ggml_nbytes(made) >= 1 and (not spec.contiguous or g.ggml_nbytes(made) == spec.nbytes), node
+            g.ggml_set_name(made, node.name.encode()[:MAX_NAME])
+            handles[node.name] = made
+        shown = [n.name for n in nodes if n.op not in VIEWS] if every else [t for t in targets]
+        self.outputs = {name: handles[name] for name in shown if graph.specs[name].contiguous}
+        cgraph = g.ggml_new_graph_custom(context, size, False)
+        for handle in self.outputs.values():
+            g.ggml_set_output(handle)
+        for name in targets:
+            g.ggml_build_forward_expand(cgraph, handles[name])
+        self._schedule(cgraph, size)
+        # Writes are targets for their effect; what they wrote stays on the device.
+        self.returned = [name for name in self.outputs if every or name in graph.outputs]
+
+    def _schedule(self, cgraph, size):
+        g, backends = self.g, self.executor.backends
+        array = (ctypes.c_void_p * len(backends))(*backends)
+        self.scheduler = g.ggml_backend_sched_new(array, None, len(backends), 2 * size, False, True)
+        self._clean.callback(g.ggml_backend_sched_free, self.scheduler)
+        if not g.ggml_backend_sched_alloc_graph(self.scheduler, cgraph):
+            raise self.executor.too_little(self.executor.device, f"computing {self.graph.phase}", 0)
+        self.cgraph = cgraph
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.g.ggml_backend_sched_get_buffer_size(self.scheduler, b) for b in self.executor.backends)
+
+    @property
+    def splits(self) -> int:
+        """Parts that run on one device each; 1 where nothing falls back."""
+        return self.g.ggml_backend_sched_get_n_splits(self.scheduler)
+
+    def run(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """values: every input by name. An array that is the very one of the last run is not sent again."""
+        for name, (handle, leaf) in self.inputs.items():
+            value = values[name]
+            if self._last.get(name) is not value:
+                self.executor.set(handle, np.asarray(value, KINDS[leaf.spec.type]).reshape(leaf.spec.ne[::-1]))
+                self._last[name] = value
+        if self.g.ggml_backend_sched_graph_compute(self.scheduler, self.cgraph) != 0:
+            raise DgemmaError(f"{self.executor.device.name} failed{self.executor.last_words()}; try --device CPU")
+        return {name: self.executor.get(self.outputs[name], self.graph.specs[name]) for name in self.returned}
+
+    def on_node(self, callback: Callable[[int, bool], bool] | None) -> None:
+        """Call back before and after every node, as ggml's scheduler does. For timing; nodes then run one by one."""
+        self._callback = EvalCallback(lambda tensor, ask, _: callback(tensor, ask)) if callback else EvalCallback()
+        self.g.ggml_backend_sched_set_eval_callback(self.scheduler, self._callback, None)
+
+    def close(self) -> None:
+        self._clean.close()
+
+
+def executor_input(executor: Executor, context, leaf: Leaf) -> int:
+    handle = executor.new_tensor(context, leaf.name, leaf.spec)
+    executor.g.ggml_set_input(handle)
+    # An output keeps its memory to the end, so that what did not change need not be sent again.
+    executor.g.ggml_set_output(handle)
+    return handle
+
+
+def new_context(g: Ggml, n_tensors: int, graph_size: int = 0) -> int:
+    """Room for the headers of tensors and of one graph; no data."""
+    room = g.ggml_tensor_overhead() * (n_tensors + 1)
+    if graph_size:
+        room += g.ggml_graph_overhead_custom(graph_size, False) + g.ggml_tensor_overhead() * graph_size
+    return g.ggml_init(InitParams(room, None, True))
+
+
+def _stored_bytes(model, name):
+    rows = model.file.rows(name)
+    step = max(1, UPLOAD // rows.shape[1])
+    return (rows[i : i + step] for i in range(0, len(rows), step))
+
+
+def _transposed(model: GgufModel, leaf: Leaf):
+    """A matrix turned: its columns become rows, a band of rows at a time."""
+    source = leaf.about["from"]
+    rows, type = model.file.rows(source), model.file.tensors[source].type
+    width = model.file.tensors[source].shape[-1]
+    whole = np.empty((width, len(rows)), KINDS[leaf.spec.type])
+    step = max(1, UPLOAD // (4 * width))
+    for i in range(0, len(rows), step):
+        whole[:, i : i + step] = to_float32(rows[i : i + step], type).T
+    yield whole

@@ -1,0 +1,270 @@
+"""A GGUF and its description, run: prompts into the prefix, canvases to logits, whole steps on the device.
+
+Shapes   B rows, T tokens, C canvas slots, H hidden, V vocabulary; numpy arrays, slowest axis first
+Source   mlx_dgemma/model.py, whose methods these are; docs/formats.md for what the host must do
+Differs  a prefix has room for a number of tokens and grows when that is used up; a copy takes memory
+
+Knows no ggml: an executor computes graphs. executor.py's does it on ggml's devices, numpy_executor.py's in numpy.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mlx_dgemma.config import GenerationConfig, ModelConfig
+from mlx_dgemma.errors import ContextError, DgemmaError
+from mlx_dgemma.gguf.model import open_gguf
+from mlx_dgemma.hub import model_path
+from mlx_dgemma.tokenizer import Tokenizer
+
+from .description import Graph, Leaf, Shape, chain, check_form, expand, rounded
+from .graph import describe_model
+from .graph_check import check_belongs
+from .host_inputs import layer_inputs
+
+PREFILL_CHUNK = 512  # prompt tokens encoded at once: bounds the memory of attention scores
+
+
+class Prefix:
+    """The committed tokens of one batch, as `Runner.make_cache` returns it."""
+
+    def __init__(self, runner: "Runner", rows: int, room: int):
+        self.runner, self.rows, self.length = runner, rows, 0
+        self.padding = np.zeros(rows, np.int32)
+        self._set_room(room)
+
+    def _set_room(self, room):
+        self.room = rounded(room)
+        self.state = self.runner.executor.new_state(
+            self.runner.persistent(self.shape(self.runner.config.canvas_length))
+        )
+
+    def shape(self, tokens: int) -> Shape:
+        return Shape(self.rows, tokens, self.length, self.runner.slots_sliding, self.room)
+
+    def need(self, tokens: int) -> None:
+        """Make room for `tokens` behind the prefix, twice as much as before if it grows."""
+        if self.length + tokens > self.room:
+            old, old_room = self.state, self.room
+            self._set_room(max(self.length + tokens, 2 * self.room))
+            for name, leaf in old.leaves.items():
+                # A row of the batch keeps its slots; only the room behind them grew.
+                values = old.read(name).reshape(self.rows, -1) if leaf.spec.ne[1] == old_room else old.read(name)
+                new = np.zeros(self.state.leaves[name].spec.ne[::-1], values.dtype)
+                if leaf.spec.ne[1] == old_room:
+                    new.reshape(self.rows, -1)[:, : values.shape[1]] = values
+                else:
+                    new[...] = values
+                self.state.write(name, new)
+            old.close()
+
+    def copy(self) -> "Prefix":
+        """The same prefix again; encoding into one leaves the other as it is."""
+        twin = object.__new__(Prefix)
+        twin.__dict__.update(self.__dict__, state=self.state.copy())
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Keys and values, room included."""
+        return sum(leaf.spec.nbytes for name, leaf in self.state.leaves.items() if name.startswith("blk."))
+
+
+class Runner:
+    """A model ready to run. `encode` and `denoise` are those of mlx_dgemma.load's model, on numpy arrays.
+
+    gguf_path: a file, a folder that holds one, or owner/name/FILE.gguf of the hub. device: "auto", or a name that
+    `python -m gguf_export devices` prints. attention: "flash", or "exact" for mul_mat and soft_max.
+    self_conditioning: "top-k", or "exact", which takes a table of V × H on the device. cache_type: "f16" or "f32", by
+    default f32 for a file of floats. n_gpu_layers: layers on the device, the last ones; the CPU has the others.
+    description: one that was read with `read_description`; made from the file by default.
+    Raises DgemmaError for a file that is not the whole model, a description of another, an unknown device, too little
+    memory.
+    """
+
+    def __init__(
+        self,
+        gguf_path: str | Path,
+        device: str = "auto",
+        *,
+        attention: str = "flash",
+        self_conditioning: str = "top-k",
+        gelu: str = "exact",
+        cache_type: str | None = None,
+        n_gpu_layers: int | None = None,
+        threads: int | None = None,
+        description: dict | None = None,
+        executor=None,
+    ):
+        self.model = open_gguf(model_path(str(gguf_path)))
+        self.config: ModelConfig = self.model.config
+        self.generation_config: GenerationConfig = self.model.generation
+        self.description = check_form(description) if description else describe_model(self.model)
+        check_belongs(self.description, self.model)
+        is_float = not self.model.quantized
+        floats = "f32" if is_float and self.model.file.tensors["token_embd.weight"].type.name == "F32" else "f16"
+        self.options = {
+            "attention": attention,
+            "self_conditioning": self_conditioning,
+            "gelu": gelu,
+            "cache_type": cache_type or floats,
+            "table_type": floats,
+        }
+        for name, allowed in self.description["options"].items():
+            if self.options[name] not in allowed:
+                raise DgemmaError(f"{name} is {self.options[name]!r}, expected one of {', '.join(allowed)}")
+        self.weight_types = {name: t.type.name.lower() for name, t in self.model.file.tensors.items()}
+        C, W = self.config.canvas_length, self.config.sliding_window
+        self.slots_sliding = rounded(W - 1 + max(C, PREFILL_CHUNK))
+        self._graphs: dict[tuple, Graph] = {}
+        if executor is None:
+            from .devices import choose, open_ggml
+            from .executor import Executor
+
+            library = open_ggml()
+            threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+            executor = Executor(library, self.model, choose(library, device), n_gpu_layers, threads)
+        self.executor = executor
+        self.executor.load(self._weights())
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_gguf(self.model.file, self.config)
+
+    def make_cache(self, rows: int = 1, room: int | None = None) -> Prefix:
+        """An empty prefix for `rows` rows. room: tokens it can hold before it must grow."""
+        return Prefix(self, rows, room or self.config.canvas_length)
+
+    def encode(self, tokens, cache: Prefix, padding=None) -> np.ndarray:
+        """Append tokens to the prefix: causal, sliding layers within their window.
+
+        tokens (B, T) whole numbers. padding (B,) counts the pad tokens at the left of each row; give it with the first
+        tokens of a batch only. Returns the final hidden states (B, T, H). Raises DgemmaError for an unknown token.
+        """
+        return self._encode(tokens, cache, padding, hidden=True)
+
+    def prefill(self, tokens, cache: Prefix, padding=None) -> None:
+        """`encode` without its result: the last layer stops at its keys and values."""
+        self._encode(tokens, cache, padding, hidden=False)
+
+    def _encode(self, tokens, cache, padding, hidden):
+        tokens = self._tokens(tokens, cache)
+        if padding is not None:
+            if cache.length:
+                raise ValueError(f"padding comes with the first tokens, but {cache.length} are encoded already")
+            cache.padding = np.asarray(padding, np.int32)
+        # One canvas more, so that the first block finds its room made.
+        if cache.length + tokens.shape[1] > cache.room:
+            cache.need(tokens.shape[1] + self.config.canvas_length)
+        parts = []
+        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
+            chunk = tokens[:, start : start + PREFILL_CHUNK]
+            graph = self.graph("prefill", cache.shape(chunk.shape[1]))
+            inputs = {"tokens": chunk, **layer_inputs(graph, cache.padding)}
+            targets = graph.outputs if hidden else graph.writes
+            parts.append(self.executor.compute(cache.state, graph, inputs, targets).get("output_norm"))
+            cache.length += chunk.shape[1]
+        if hidden:
+            B = cache.rows
+            return np.concatenate([p.reshape(B, -1, self.config.hidden_size) for p in parts], axis=1)
+        return None
+
+    def denoise(self, canvas, cache: Prefix, self_conditioning_logits=None) -> np.ndarray:
+        """One pass: every canvas slot sees the prefix and the whole canvas. The prefix is left as it is.
+
+        canvas (B, C). self_conditioning_logits (B, C, V): the previous step's *processed* logits (softcapped and
+        divided by its temperature); None at a block's first step. Returns softcapped logits (B, C, V) float32.
+        """
+        self.start(canvas, cache)
+        if self_conditioning_logits is not None:
+            self._believe(np.asarray(self_conditioning_logits, np.float32), cache)
+        graph = self.graph("denoise", cache.shape(self.config.canvas_length))
+        out = self.executor.compute(cache.state, graph, layer_inputs(graph, cache.padding), graph.outputs)
+        return out["logits"].reshape(cache.rows, self.config.canvas_length, -1)
+
+    def start(self, canvas, cache: Prefix) -> None:
+        """Begin a block: canvas (B, C), and no belief from a step before."""
+        canvas = self._tokens(canvas, cache)
+        if canvas.shape[1] != self.config.canvas_length:
+            raise DgemmaError(f"the canvas has {canvas.shape[1]} slots, expected {self.config.canvas_length}")
+        cache.need(canvas.shape[1])
+        cache.state.write("canvas", canvas)
+        for name in ("sc_shares", "sc_tokens", "sc_weights"):
+            if name in cache.state.leaves:
+                spec = cache.state.leaves[name].spec
+                cache.state.write(name, np.zeros(spec.ne[::-1], np.int32 if spec.type == "i32" else np.float32))
+        cache.step_inputs = None
+
+    def step(self, cache: Prefix, temperature: float, entropy_bound: float, uniforms, renoise) -> dict[str, np.ndarray]:
+        """Denoise, sample, accept and renoise the canvas of `start`; it stays on the device.
+
+        uniforms (B, C) in (0, 1), renoise (B, C) tokens. Returns draft, accepted, entropy, next_canvas, each (B, C).
+        """
+        graph = self.graph("denoise+sample", cache.shape(self.config.canvas_length))
+        if cache.step_inputs is None:
+            cache.step_inputs = layer_inputs(graph, cache.padding)
+        inputs = {
+            **cache.step_inputs,
+            "temperature": np.float32([temperature]),
+            "entropy_bound": np.float32([entropy_bound]),
+            "uniforms": np.asarray(uniforms, np.float32),
+            "renoise": self._tokens(renoise, cache).astype(np.float32),
+        }
+        targets = tuple(dict.fromkeys((*graph.outputs, *graph.writes)))
+        out = self.executor.compute(cache.state, graph, inputs, targets)
+        return {name: out[name].reshape(cache.rows, -1) for name in graph.outputs}
+
+    def graph(self, phase: str, shape: Shape) -> Graph:
+        """A phase (or "denoise+sample") for one shape."""
+        key = (phase, shape)
+        if key not in self._graphs:
+            parts = [
+                expand(self.description, name, shape, self.options, self.weight_types) for name in phase.split("+")
+            ]
+            # One shape at a time: a prefix only grows, so an old one seldom comes again.
+            self._graphs = {k: g for k, g in self._graphs.items() if k[0] != phase}
+            self._graphs[key] = parts[0] if len(parts) == 1 else chain(*parts)
+        return self._graphs[key]
+
+    def persistent(self, shape: Shape) -> list[Leaf]:
+        """What a batch of this shape keeps between graphs."""
+        found = {}
+        for phase in ("prefill", "denoise+sample"):
+            graph = self.graph(phase, shape)
+            found |= {name: leaf for name, leaf in graph.leaves.items() if leaf.kind == "persistent"}
+        return list(found.values())
+
+    def _weights(self):
+        shape = Shape(1, 1, 0, self.slots_sliding, rounded(self.config.canvas_length))
+        found = {}
+        for phase in ("prefill", "denoise+sample"):
+            leaves = self.graph(phase, shape).leaves
+            found |= {name: leaf for name, leaf in leaves.items() if leaf.kind in ("weight", "derived")}
+        return list(found.values())
+
+    def _believe(self, logits, cache):
+        """Store what a step with these processed logits would have stored. (B, C, V)"""
+        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        shares = (shares / shares.sum(axis=-1, keepdims=True)).reshape(-1, logits.shape[-1])
+        if self.options["self_conditioning"] == "exact":
+            cache.state.write("sc_shares", shares)
+            return
+        X = self.description["dims"]["X"]
+        top = np.argsort(-shares, axis=-1, kind="stable")[:, :X]
+        cache.state.write("sc_tokens", top)
+        cache.state.write("sc_weights", np.take_along_axis(shares, top, axis=-1))
+
+    def _tokens(self, tokens, cache):
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or len(tokens) != cache.rows:
+            raise DgemmaError(f"tokens have shape {tokens.shape}, expected ({cache.rows}, number of tokens)")
+        # ggml ends the process on a row number outside the table.
+        if tokens.size and not (0 <= tokens.min() and tokens.max() < self.config.vocab_size):
+            raise DgemmaError(
+                f"found token {tokens.min() if tokens.min() < 0 else tokens.max()}, expected 0 to {self.config.vocab_size - 1}"
+            )
+        if cache.length + tokens.shape[1] > self.config.max_position_embeddings + self.config.canvas_length:
+            raise ContextError(
+                f"{cache.length + tokens.shape[1]} tokens, the model's context is {self.config.max_position_embeddings}"
+            )
+        return tokens.astype(np.int32)
