@@ -1,7 +1,7 @@
-"""Solve held-out instances with an engine: python -m demo.evaluate --engine mlx --model PATH
+"""Solve held-out instances with an engine: python -m demo.evaluate --engine mlx|ggml|transformers --model PATH
 
 Shapes   an engine is (prompts, row ids, seed) -> Answers; a row id is the instance's index, so batching changes nothing
-Source   transformers 5.23.0 `generate`, or mlx_dgemma; both read mlx_dgemma.noise
+Source   transformers 5.23.0 `generate`, mlx_dgemma or gguf_export.Runner; all read mlx_dgemma.noise
 Differs  batches are left-padded; every rate carries its Wilson 95 % interval
 """
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from demo.tasks import TASKS, check, held_out
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.events import BlockDone, Done
 
 
 class Answer(NamedTuple):
@@ -64,15 +65,28 @@ def mlx_engine(path, dequantize=False, **settings):
 
     # float32 as in the reference, whatever the device's default is.
     model, tokenizer = mlx_dgemma.load(path, mx.float32, dequantize)
-    config = model.generation_config.replace(**settings)
+    return session_engine(mlx_dgemma.make_session(model, tokenizer), model.generation_config.replace(**settings))
+
+
+def ggml_engine(path, device="auto", self_conditioning=None, **settings):
+    from gguf_export import Runner
+    from gguf_export.engine import make_session
+
+    runner = Runner(path, device, self_conditioning=self_conditioning)
+    return session_engine(make_session(runner, runner.tokenizer()), runner.generation_config.replace(**settings))
+
+
+def session_engine(session, config):
+    """An engine of any session, whatever computes behind it."""
 
     def engine(prompts, rows, seed):
         steps = []  # per block, per row
-        for event in mlx_dgemma.stream(model, tokenizer, prompts, config, seed=seed, rows=rows):
+        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        for event in session.stream(conversations, config, seed, rows=rows):
             match event:
-                case mlx_dgemma.BlockDone():
+                case BlockDone():
                     steps.append(event.steps.tolist())
-                case mlx_dgemma.Done():
+                case Done():
                     done = event
         return [
             Answer(text, sum(row), sum(n > 0 for n in row), len(tokens) + stopped)
@@ -84,7 +98,7 @@ def mlx_engine(path, dequantize=False, **settings):
     return engine
 
 
-ENGINES = {"transformers": transformers_engine, "mlx": mlx_engine}
+ENGINES = {"transformers": transformers_engine, "mlx": mlx_engine, "ggml": ggml_engine}
 
 
 def wilson(right, n, z=1.96):
@@ -122,10 +136,14 @@ def evaluate(engine, task, n=300, seed=0, batch=50, show_failures=0):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--engine", choices=ENGINES, default="mlx")
-    parser.add_argument("--model", default="demo/checkpoint", help="checkpoint folder (default: the bundled one)")
+    parser.add_argument(
+        "--model", default="demo/checkpoint", help="checkpoint folder (default: the bundled one) or GGUF"
+    )
     parser.add_argument(
         "--dequantize", action="store_true", help="mlx: float32 arithmetic on the same weights, faster on a CPU"
     )
+    parser.add_argument("--device", help="ggml: a name that `python -m gguf_export devices` prints")
+    parser.add_argument("--self-conditioning", choices=("top-k", "exact"), help="ggml: see `python -m gguf_export run`")
     parser.add_argument("--task", choices=TASKS, action="append", help="may be repeated; default: all")
     parser.add_argument("--n", type=int, default=300, help="instances per task (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the instances and the noise")
@@ -137,7 +155,7 @@ def main(arguments=None):
         parser.error("--n and --batch must be at least 1")
 
     try:
-        engine = ENGINES[args.engine](args.model, **({"dequantize": True} if args.dequantize else {}))
+        engine = ENGINES[args.engine](args.model, **_engine_options(parser, args))
     except (DgemmaError, OSError) as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
@@ -158,6 +176,17 @@ def main(arguments=None):
         )
     if args.json:
         print(json.dumps({"engine": args.engine, "model": args.model, "seed": args.seed, "tasks": table}))
+
+
+def _engine_options(parser, args):
+    """What only one engine takes; a usage error where another was asked for."""
+    given = {}
+    for engine, name in (("mlx", "dequantize"), ("ggml", "device"), ("ggml", "self_conditioning")):
+        if value := getattr(args, name):
+            if args.engine != engine:
+                parser.error(f"--{name.replace('_', '-')} is for --engine {engine}")
+            given[name] = value
+    return given
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python -m gguf_export info FILE
+"""python -m gguf_export info|describe|check|draw|run|devices
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a bad input (one `error:` line), 2 wrong usage,
 130 Ctrl-C. A command is a function that adds its options and sets `run`, which takes them and returns the exit code.
@@ -10,8 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+from mlx_dgemma.cli import Loaded, add_options, check_options, generate
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.quality import error_table
+from mlx_dgemma.units import human_bytes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,9 +32,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m gguf_export", description="Look into a GGUF file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m gguf_export", description="Look into a GGUF file, describe its graph, run it on ggml."
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_info,):
+    for add in (_add_info, _add_devices, _add_describe, _add_run):
         add(commands)
     return parser
 
@@ -72,3 +76,119 @@ def _info(options):
     if table and not options.json:
         print(f"\n{table}")
     return 0
+
+
+def _add_devices(commands):
+    parser = commands.add_parser("devices", help="what ggml can compute on", description="List ggml's devices.")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    parser.set_defaults(run=_devices)
+
+
+def _devices(options):
+    from .devices import choose, devices, open_ggml
+
+    library = open_ggml()
+    found, first = devices(library), choose(library)
+    if options.json:
+        rows = [{k: v for k, v in d._asdict().items() if k != "handle"} for d in found]
+        print(
+            json.dumps({"library": str(library.file), "ggml": library.version(), "auto": first.name, "devices": rows})
+        )
+        return 0
+    print(f"ggml {library.version()} from {library.file}")
+    for d in found:
+        chosen = "  (auto)" if d.name == first.name else ""
+        print(f"{d.name:10} {d.kind:15} {human_bytes(d.free)} of {human_bytes(d.total)} free  {d.description}{chosen}")
+    return 0
+
+
+def _add_describe(commands):
+    parser = commands.add_parser(
+        "describe",
+        help="write a model's graph description",
+        description="Write the graph description of a GGUF's model: JSON that any host of ggml can execute.",
+    )
+    parser.add_argument("file", metavar="FILE", help="a DiffusionGemma GGUF")
+    parser.add_argument("-o", "--out", metavar="OUT", help="where to write it (default: standard output)")
+    parser.add_argument(
+        "--top-k", type=int, metavar="X", help="tokens per slot that top-k self-conditioning keeps (default: 64)"
+    )
+    parser.set_defaults(run=_describe)
+
+
+def _describe(options):
+    from .description import as_text, write_description
+    from .graph import TOP_K_TOKENS, describe
+
+    description = describe(options.file, TOP_K_TOKENS if options.top_k is None else options.top_k)
+    if options.out:
+        write_description(description, options.out)
+    else:
+        print(as_text(description), end="")
+    return 0
+
+
+def _add_run(commands):
+    parser = commands.add_parser(
+        "run",
+        help="answer a prompt on ggml",
+        description="Answer a prompt with DiffusionGemma on stock ggml: the text that mlx_dgemma.generate writes.",
+    )
+    parser.add_argument("--model", required=True, help="a DiffusionGemma GGUF, or owner/name/FILE.gguf of the hub")
+    add_options(parser)
+    add_runner_options(parser)
+    parser.set_defaults(run=_run, check=lambda options: check_options(parser, options))
+
+
+def add_runner_options(parser):
+    """What gguf_export.Runner takes; benchmarks use it too."""
+    add = parser.add_argument
+    add("--device", default="auto", help="a name that `devices` prints (default: the first GPU, else the CPU)")
+    add("--n-gpu-layers", type=int, metavar="N", help="layers on the device, the last ones (default: all)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
+    add(
+        "--self-conditioning",
+        choices=("top-k", "exact"),
+        help="read the likeliest tokens of the step before (default), or all, which takes a table of its own",
+    )
+    add("--attention", choices=("flash", "exact"), help="fused (default), or mul_mat and soft_max")
+    add(
+        "--gelu",
+        choices=("fused", "exact"),
+        help="ggml's own (default on GPUs), or exact on the CPU too (default there)",
+    )
+    add("--cache-type", choices=("f16", "f32"), help="keys and values (default: f32 for a file of f32, else f16)")
+    add("--description", metavar="FILE", help="a graph description (default: made from the model)")
+
+
+def open_runner(options):
+    """The Runner that these options ask for. Raises DgemmaError."""
+    from .description import read_description
+    from .runner import Runner
+
+    return Runner(
+        options.model,
+        options.device,
+        attention=options.attention,
+        gelu=options.gelu,
+        self_conditioning=options.self_conditioning,
+        cache_type=options.cache_type,
+        n_gpu_layers=options.n_gpu_layers,
+        threads=options.threads,
+        description=read_description(options.description) if options.description else None,
+    )
+
+
+def _run(options):
+    from .engine import make_session
+
+    options.check(options)
+
+    def load():
+        runner = open_runner(options)
+        tokenizer = runner.tokenizer()
+        session = make_session(runner, tokenizer, keep_prefix=options.chat)
+        what = f"{human_bytes(runner.memory().weights)} on {runner.executor.device.name}"
+        return Loaded(tokenizer, runner.generation_config, session, what)
+
+    return generate(options, load)

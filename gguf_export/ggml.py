@@ -71,6 +71,7 @@ OPERATIONS = {
     "ggml_rope_ext": (*_unary(3), _int, _int, _int, *[_float] * 6),
     "ggml_flash_attn_ext": (*_unary(4), _float, _float, _float),
     "ggml_flash_attn_ext_set_prec": (None, _pointer, _int),
+    "ggml_mul_mat_set_prec": (None, _pointer, _int),
     "ggml_soft_max_ext": (*_unary(2), _float, _float),
     "ggml_reshape_4d": (*_unary(), *[_int64] * 4), "ggml_repeat_4d": (*_unary(), *[_int64] * 4),
     "ggml_view_4d": (*_unary(), *[_int64] * 4, *[_size] * 4),
@@ -141,6 +142,9 @@ class Ggml:
             self.ggml_backend_load_all_from_path(str(self.file.parent).encode())
         if self.ggml_backend_dev_count() == 0:
             raise DgemmaError(f"{self.file}: finds no device, not even a CPU; {ADVICE}")
+
+    def version(self) -> str:
+        return self.ggml_version().decode()
 
     def _hear(self, level, text):
         """ggml's warnings and errors, for messages of ours; the rest would only disturb a live view."""

@@ -29,6 +29,13 @@ def _flash_attn(g, c, spec, q, k, v, mask, *, scale):
     return result
 
 
+def _mul_mat(g, c, spec, a, b, precision="default"):
+    result = g.ggml_mul_mat(c, a, b)
+    if precision == "f32":
+        g.ggml_mul_mat_set_prec(result, PRECISION_F32)
+    return result
+
+
 def _view(g, c, spec, a, shape, strides, offset):
     unit = PLAIN[spec.type]
     return g.ggml_view_4d(c, a, *spec.ne, *(s * unit for s in spec.strides[1:]), offset * unit)
@@ -41,8 +48,9 @@ def _call(name):
 
 BUILD: dict[str, Callable] = {
     **{name: _call(name) for name in (
-        "get_rows", "set_rows", "mul_mat", "mul_mat_id", "add", "sub", "mul", "div", "geglu", "geglu_split", "cont", "cpy",
+        "get_rows", "set_rows", "mul_mat_id", "add", "sub", "mul", "div", "geglu", "geglu_split", "cont", "cpy",
         "argmax", "cumsum", "sum_rows", "log", "tanh", "silu", "step")},
+    "mul_mat": _mul_mat,
     "rms_norm": lambda g, c, spec, a, eps: g.ggml_rms_norm(c, a, eps),
     "scale": lambda g, c, spec, a, factor, bias=0.0: g.ggml_scale_bias(c, a, factor, bias),
     "rope": _rope,

@@ -26,8 +26,8 @@ from mlx_dgemma.tensors import (
     QUANTIZED_ROLES,
 )
 
-from .graph_nodes import ENCODER, EXACT, TOP_K, denoise_nodes, layer_nodes, prefill_nodes, sample_nodes
 from .ggml import OLDEST
+from .graph_nodes import ENCODER, EXACT, TOP_K, denoise_nodes, layer_nodes, prefill_nodes, sample_nodes
 from .ops import WEIGHT_TYPES
 
 FORMAT, MAJOR, MINOR = "dgemma-graph", 1, 0
@@ -94,7 +94,7 @@ def describe_model(model: GgufModel, top_k: int = TOP_K_TOKENS) -> dict:
                 "shape": ["V", "H"],
                 "when": EXACT,
             }
-        },  # fmt: skip
+        },
         "persistent": {
             "canvas": {"type": "i32", "shape": ["C*B"]},
             "sc_shares": {"type": "f32", "shape": ["V", "C*B"], "when": EXACT},

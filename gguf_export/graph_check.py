@@ -14,6 +14,6 @@ def check_belongs(description: dict, model: GgufModel) -> None:
     told, found = description["model"]["fingerprint"], fingerprint(model.file)
     if told != found:
         raise DgemmaError(
-            f"{model.file.path}: its fingerprint is {found[:23]}…, the description's {told[:23]}…: they are of different "
-            "models; describe this file with `python -m gguf_export describe`"
+            f"{model.file.path}: its fingerprint is {found[:23]}…, the description's {told[:23]}…: they are of "
+            "different models; describe this file with `python -m gguf_export describe`"
         )

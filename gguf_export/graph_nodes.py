@@ -1,6 +1,6 @@
 """The computation itself, as nodes: one layer of either kind, and what surrounds the layers in each phase.
 
-Shapes   `ne` order, fastest axis first: a row of hidden states is [H, M]. M = T × B tokens, row after row of the batch.
+Shapes   `ne` order, fastest axis first: hidden states are [H, M]. M = T × B tokens, row after row of the batch.
          Letters as in graph.py's DIMS; D head_dim, G key-value heads, S slots read and R slots stored of the layer's kind
 Source   transformers 5.23.0, modeling_diffusion_gemma.py and generation_diffusion_gemma.py; the same steps as
          mlx_dgemma/model.py and sampler.py, in ggml's operations
@@ -86,11 +86,12 @@ def _attention(n, layer):
     queries = n.add("queries", "permute", n.reshape("q_rows", q, "D", "N", "T", "B"), axes=[0, 2, 1, 3])
     # q_norm and k_norm set the scale of the scores, so there is no 1 / sqrt(D).
     n.add("attended", "flash_attn", queries, keys, values, "mask", scale=1.0, when=FLASH)
-    scores = n.add("scores", "mul_mat", keys, queries, when=EXACT_ATTENTION)
+    # Scores reach tens, since nothing scales them down: half-precision sums would lose what decides.
+    scores = n.add("scores", "mul_mat", keys, queries, precision="f32", when=EXACT_ATTENTION)
     shares = n.add("shares", "soft_max", scores, "mask", scale=1.0, when=EXACT_ATTENTION)
     turned = n.add("values_turned", "permute", values, axes=[1, 0, 2, 3], when=EXACT_ATTENTION)
     columns = n.add("values_columns", "cont", turned, when=EXACT_ATTENTION)
-    context = n.add("context", "mul_mat", columns, shares, when=EXACT_ATTENTION)
+    context = n.add("context", "mul_mat", columns, shares, precision="f32", when=EXACT_ATTENTION)
     tokens = n.add("context_tokens", "permute", context, axes=[0, 2, 1, 3], when=EXACT_ATTENTION)
     n.add("attended", "cont", tokens, when=EXACT_ATTENTION)
     return n.linear("attn_output", n.reshape("attended_rows", "attended", "N*D", "M"))
@@ -129,7 +130,8 @@ def _exact_geglu(n, name, gate, up):
 def _router(n, unit, config):
     """Expert numbers [K, M] and their weights [1, K, M]. Reads the raw residual, through a norm without weight."""
     scaled = n.add("router_in", "mul", unit, "ffn_gate_inp.scale")
-    scores = n.linear("ffn_gate_inp", n.add("router_scaled", "scale", scaled, factor=config.hidden_size**-0.5))
+    scaled = n.add("router_scaled", "scale", scaled, factor=config.hidden_size**-0.5)
+    scores = n.add("ffn_gate_inp", "mul_mat", "ffn_gate_inp.weight", scaled, precision="f32")
     # The clamp changes nothing but NaN, with which a sort may run out of its memory.
     shares = n.add("router_shares", "clamp", n.add("router_softmax", "soft_max", scores), min=0.0, max=1.0)
     ids = n.add("experts", "argsort_top_k", shares, k="K")

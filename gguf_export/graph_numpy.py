@@ -63,7 +63,7 @@ def _repeat_heads(a, like):
     return a
 
 
-def _mul_mat(a, b):
+def _mul_mat(a, b, precision="default"):
     return b @ np.swapaxes(_repeat_heads(_float(a), b), -1, -2)
 
 

@@ -27,7 +27,7 @@ def _numbers(leaf: Leaf, names, padding):
     values = np.broadcast_to(_rule(leaf, leaf.about["value"], letters), (B, T))
     kind = {"i32": np.int32, "i64": np.int64}.get(leaf.spec.type, np.float32)
     values = values.reshape(-1).astype(kind)
-    if leaf.spec.type == "i64" and not (0 <= values).all():
+    if leaf.spec.type == "i64" and not (values >= 0).all():
         raise DgemmaError(f"description, input {leaf.name}: gives slot {values.min()}, expected 0 or more")
     return values
 

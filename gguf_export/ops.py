@@ -136,7 +136,7 @@ def _set_rows(target, rows, ids):
     return target
 
 
-def _mul_mat(a, b):
+def _mul_mat(a, b, precision="default"):
     require(a.type not in ("i32", "i64"), f"found {a}, expected weights or floats")
     _f32(b)
     _rows_packed(a, b)
@@ -235,7 +235,7 @@ def _view(a, shape, strides, offset):
     require(strides[0] == 1 and len(strides) == len(shape), f"strides are {strides}, expected one per axis, 1 first")
     result = Spec(a.type, tensor(a.type, *shape).ne, (*strides, *(strides[-1:] * 4))[:4])
     last = offset + sum((n - 1) * s for n, s in zip(result.ne, result.strides, strict=True))
-    require(0 <= offset and last < a.elements, f"the view's last element is {last}, {a} has {a.elements}")
+    require(offset >= 0 and last < a.elements, f"the view's last element is {last}, {a} has {a.elements}")
     return result
 
 
@@ -329,7 +329,8 @@ def _arange(stop):
 OPS = {
     "get_rows": Op(("rows", "ids"), {}, _get_rows, "the rows with these ids, in f32 (i32 stays i32)"),
     "set_rows": Op(("target", "rows", "ids"), {}, _set_rows, "writes rows into the target; the result is the target"),
-    "mul_mat": Op(("a", "b"), {}, _mul_mat, "every row of b times every row of a; a repeats over b's batches"),
+    "mul_mat": Op(("a", "b"), {"precision?": ("default", "f32")}, _mul_mat,
+                  "every row of b times every row of a; a repeats over b's batches"),
     "mul_mat_id": Op(("experts", "b", "ids"), {}, _mul_mat_id, "mul_mat with the matrices that ids choose, per token"),
     "rms_norm": Op(("a",), {"eps": "number"}, _rms_norm, "a / sqrt(mean(a²) + eps), per row"),
     "add": Op(("a", "b"), {}, _binary, "a + b; b repeats"),

@@ -41,7 +41,7 @@ def quantize(values: np.ndarray, type: Type, importance: np.ndarray | None = Non
     out = np.empty((rows, type.row_bytes(row)), np.uint8)
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
     pointer = None if weights is None else weights.ctypes.data
-    threads = _cores()
+    threads = cores()
     step = max(1, -(-rows // (4 * threads)))  # more pieces than threads, since some rows take longer
 
     def work(first):
@@ -64,5 +64,6 @@ def _with_numpy(values, type):
     return gguf.quantize(values, gguf.GGMLQuantizationType[type.name]).view(np.uint8)
 
 
-def _cores():
+def cores() -> int:
+    """Processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,8 +7,8 @@ Differs  a prefix has room for a number of tokens and grows when that is used up
 Knows no ggml: an executor computes graphs. executor.py's does it on ggml's devices, numpy_executor.py's in numpy.
 """
 
-import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,11 +19,26 @@ from mlx_dgemma.hub import model_path
 from mlx_dgemma.tokenizer import Tokenizer
 
 from .description import Graph, Leaf, Shape, chain, check_form, expand, rounded
+from .devices import choose, open_ggml
+from .executor import Executor
 from .graph import describe_model
 from .graph_check import check_belongs
 from .host_inputs import layer_inputs
+from .quantize import cores
 
 PREFILL_CHUNK = 512  # prompt tokens encoded at once: bounds the memory of attention scores
+
+
+class Memory(NamedTuple):
+    """Bytes, on all devices."""
+
+    weights: int  # mapped or copied, and tables made from them
+    prefix: int  # keys and values, room included
+    compute: int  # canvas, beliefs and what compiled graphs need
+
+    @property
+    def total(self) -> int:
+        return sum(self)
 
 
 class Prefix:
@@ -75,10 +90,10 @@ class Runner:
     """A model ready to run. `encode` and `denoise` are those of mlx_dgemma.load's model, on numpy arrays.
 
     gguf_path: a file, a folder that holds one, or owner/name/FILE.gguf of the hub. device: "auto", or a name that
-    `python -m gguf_export devices` prints. attention: "flash", or "exact" for mul_mat and soft_max.
-    self_conditioning: "top-k", or "exact", which takes a table of V × H on the device. cache_type: "f16" or "f32", by
-    default f32 for a file of floats. n_gpu_layers: layers on the device, the last ones; the CPU has the others.
-    description: one that was read with `read_description`; made from the file by default.
+    `python -m gguf_export devices` prints. attention: "flash" (default), or "exact" for mul_mat and soft_max.
+    self_conditioning: "top-k" (default), or "exact", which takes a table of V × H on the device. gelu: "fused" (default
+    on GPUs), or "exact". cache_type: "f16" or "f32", by default f32 for a file of f32.
+    n_gpu_layers: layers on the device, the last ones; the CPU has the others. description: one that was read with `read_description`; made from the file by default.
     Raises DgemmaError for a file that is not the whole model, a description of another, an unknown device, too little
     memory.
     """
@@ -88,9 +103,9 @@ class Runner:
         gguf_path: str | Path,
         device: str = "auto",
         *,
-        attention: str = "flash",
-        self_conditioning: str = "top-k",
-        gelu: str = "exact",
+        attention: str | None = None,
+        self_conditioning: str | None = None,
+        gelu: str | None = None,
         cache_type: str | None = None,
         n_gpu_layers: int | None = None,
         threads: int | None = None,
@@ -102,31 +117,39 @@ class Runner:
         self.generation_config: GenerationConfig = self.model.generation
         self.description = check_form(description) if description else describe_model(self.model)
         check_belongs(self.description, self.model)
-        is_float = not self.model.quantized
-        floats = "f32" if is_float and self.model.file.tensors["token_embd.weight"].type.name == "F32" else "f16"
-        self.options = {
-            "attention": attention,
-            "self_conditioning": self_conditioning,
-            "gelu": gelu,
-            "cache_type": cache_type or floats,
-            "table_type": floats,
-        }
-        for name, allowed in self.description["options"].items():
-            if self.options[name] not in allowed:
-                raise DgemmaError(f"{name} is {self.options[name]!r}, expected one of {', '.join(allowed)}")
-        self.weight_types = {name: t.type.name.lower() for name, t in self.model.file.tensors.items()}
-        C, W = self.config.canvas_length, self.config.sliding_window
-        self.slots_sliding = rounded(W - 1 + max(C, PREFILL_CHUNK))
-        self._graphs: dict[tuple, Graph] = {}
+        library = chosen = None
         if executor is None:
-            from .devices import choose, open_ggml
-            from .executor import Executor
-
             library = open_ggml()
-            threads = threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-            executor = Executor(library, self.model, choose(library, device), n_gpu_layers, threads)
-        self.executor = executor
-        self.executor.load(self._weights())
+            chosen = choose(library, device)
+        self.options = self._options(
+            on_cpu=chosen is None or chosen.kind == "cpu",
+            attention=attention,
+            self_conditioning=self_conditioning,
+            gelu=gelu,
+            cache_type=cache_type,
+        )
+        self.weight_types = {name: t.type.name.lower() for name, t in self.model.file.tensors.items()}
+        self.slots_sliding = rounded(self.config.sliding_window - 1 + max(self.config.canvas_length, PREFILL_CHUNK))
+        self._graphs: dict[tuple, Graph] = {}
+        weights = self._weights()  # before anything is allocated: a wrong description ends here
+        self.executor = executor or Executor(library, self.model, chosen, n_gpu_layers, threads or cores())
+        self.executor.load(weights)
+
+    def _options(self, on_cpu, **given):
+        """What was asked for, and for the rest what suits file and device."""
+        token_embd = self.model.file.tensors["token_embd.weight"].type.name
+        floats = "f32" if token_embd == "F32" else "f16"
+        options = {
+            "attention": "flash",
+            "self_conditioning": "top-k",
+            "gelu": "exact" if on_cpu else "fused",  # GPUs compute what ggml's CPU looks up in a float16 table
+            "cache_type": floats,
+            "table_type": floats,
+        } | {name: value for name, value in given.items() if value is not None}
+        for name, value in options.items():
+            if value not in (allowed := self.description["options"][name]):
+                raise DgemmaError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+        return options
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.model.file, self.config)
@@ -214,6 +237,12 @@ class Runner:
         out = self.executor.compute(cache.state, graph, inputs, targets)
         return {name: out[name].reshape(cache.rows, -1) for name in graph.outputs}
 
+    def memory(self, cache: Prefix | None = None) -> Memory:
+        """What the weights and one prefix take now."""
+        prefix = 0 if cache is None else cache.nbytes
+        compute = 0 if cache is None else cache.state.nbytes - prefix + cache.state.compute_bytes
+        return Memory(sum(self.executor.weight_bytes.values()), prefix, compute)
+
     def graph(self, phase: str, shape: Shape) -> Graph:
         """A phase (or "denoise+sample") for one shape."""
         key = (phase, shape)
@@ -259,10 +288,9 @@ class Runner:
         if tokens.ndim != 2 or len(tokens) != cache.rows:
             raise DgemmaError(f"tokens have shape {tokens.shape}, expected ({cache.rows}, number of tokens)")
         # ggml ends the process on a row number outside the table.
-        if tokens.size and not (0 <= tokens.min() and tokens.max() < self.config.vocab_size):
-            raise DgemmaError(
-                f"found token {tokens.min() if tokens.min() < 0 else tokens.max()}, expected 0 to {self.config.vocab_size - 1}"
-            )
+        V = self.config.vocab_size
+        if wrong := tokens[(tokens < 0) | (tokens >= V)].tolist():
+            raise DgemmaError(f"found token {wrong[0]}, expected whole numbers from 0 to {V - 1}")
         if cache.length + tokens.shape[1] > self.config.max_position_embeddings + self.config.canvas_length:
             raise ContextError(
                 f"{cache.length + tokens.shape[1]} tokens, the model's context is {self.config.max_position_embeddings}"

@@ -1,4 +1,5 @@
 """The command line of `python -m mlx_dgemma.generate`: options, one answer, exit codes. chat.py has the chat loop.
+`python -m gguf_export run` is the same command with another engine behind it.
 
 Answer on stdout, progress and the final line on stderr. Exit codes: 0 done, 1 a bad input (one `error:` line),
 2 wrong usage, 130 Ctrl-C.
@@ -10,12 +11,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from .chat import chat
 from .config import GenerationConfig
 from .errors import DgemmaError
 from .events import Done
-from .tokenizer import check_prompt
+from .session import Session
+from .tokenizer import Tokenizer, check_prompt
 from .units import human_bytes
 from .view import View
 
@@ -48,8 +52,24 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_dgemma.generate", description="Answer a prompt with DiffusionGemma on MLX."
     )
+    parser.add_argument(
+        "--model", required=True, help="model folder (Hugging Face or MLX layout), GGUF file, or hub repo id"
+    )
+    add_options(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="activations (default: bfloat16 on a GPU, else float32)",
+    )
+    parser.add_argument("--image", metavar="FILE", help="not supported yet")
+    options = parser.parse_args(argv)
+    check_options(parser, options)
+    return options
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every engine's command takes."""
     add = parser.add_argument
-    add("--model", required=True, help="model folder (Hugging Face or MLX layout), GGUF file, or hub repo id")
     add("--prompt", help="the prompt; - reads standard input")
     add("--system", help="system prompt")
     add("--thinking", action="store_true", help="let the model think first; the thought goes to stderr")
@@ -60,42 +80,56 @@ def parse(argv=None) -> argparse.Namespace:
     add("--t-min", type=float, metavar="T", help="temperature towards the last step")
     add("--t-max", type=float, metavar="T", help="temperature of the first step")
     add("--entropy-bound", type=float, metavar="NATS", help="entropy that one step's accepted tokens may add up to")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="activations (default: bfloat16 on a GPU, else float32)",
-    )
-    add("--image", metavar="FILE", help="not supported yet")
     add("--json", action="store_true", help="print one JSON object instead of the text")
-    options = parser.parse_args(argv)
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with a usage error where options exclude each other."""
     if options.chat and options.json:
         parser.error("--chat and --json exclude each other")
     if options.prompt is None and not options.chat:
         parser.error("give --prompt TEXT, --prompt - for standard input, or --chat")
-    return options
+
+
+class Loaded(NamedTuple):
+    """A model ready to answer, on whatever engine."""
+
+    tokenizer: Tokenizer
+    generation: GenerationConfig  # the checkpoint's defaults
+    session: Session
+    what: str  # what was loaded, for people
 
 
 def run(options) -> int:
     if options.image:
         raise DgemmaError(f"--image {options.image}: image input is not supported yet; give text only")
+    return generate(options, lambda: _load_mlx(options))
+
+
+def _load_mlx(options) -> Loaded:
     import mlx.core as mx
 
     from .api import make_session
     from .loading import load
 
+    dtype = getattr(mx, options.dtype) if options.dtype else None
+    model, tokenizer = load(options.model, dtype, on_note=lambda note: print(f"note: {note}", file=sys.stderr))
+    session = make_session(model, tokenizer, keep_prefix=options.chat)
+    return Loaded(tokenizer, model.generation_config, session, human_bytes(mx.get_active_memory()))
+
+
+def generate(options, load: Callable[[], Loaded]) -> int:
+    """Answer what the options ask for; returns the exit code. `load` is called once they are known to be right."""
     began = time.perf_counter()
     # Settings are checked before the weights are read, so that a wrong one costs nothing.
     settings_of(GenerationConfig(), options)
     prompt = read_prompt() if options.prompt == "-" else options.prompt
     if prompt is not None:
         check_prompt("user", prompt)
-    dtype = getattr(mx, options.dtype) if options.dtype else None
-    model, tokenizer = load(options.model, dtype, on_note=lambda note: print(f"note: {note}", file=sys.stderr))
-    settings = settings_of(model.generation_config, options)
+    tokenizer, generation, session, what = load()
+    settings = settings_of(generation, options)
     if not options.json:
-        loaded = human_bytes(mx.get_active_memory())
-        print(f"loaded {loaded} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    session = make_session(model, tokenizer, keep_prefix=options.chat)
+        print(f"loaded {what} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     if options.chat:
         return chat(lambda turns: answer(session, tokenizer, settings, options, turns), messages, prompt)

@@ -1,0 +1,56 @@
+"""The ggml side of the block loop: a runner and one prefix. The loop, sampler settings and events are mlx_dgemma's.
+
+Shapes   B rows, T prompt tokens, C canvas slots
+Source   mlx_dgemma/engine.py, the same on MLX
+Differs  four arrays of C numbers return from each step: the canvas, and what view and stop rule read
+"""
+
+import numpy as np
+
+from mlx_dgemma.denoise import Step
+from mlx_dgemma.session import Session
+from mlx_dgemma.tokenizer import Tokenizer
+
+from .runner import Prefix, Runner
+
+
+class GgmlEngine:
+    """Implements denoise.Engine, and what Session asks of an engine besides."""
+
+    def __init__(self, runner: Runner, cache: Prefix | None = None):
+        self.runner, self.cache = runner, cache
+        self.canvas_length = runner.config.canvas_length
+        self.vocab_size = runner.config.vocab_size
+
+    @property
+    def cache_bytes(self) -> int:
+        return 0 if self.cache is None else self.cache.nbytes
+
+    def peak_memory(self) -> int:
+        """Bytes that weights, prefix, canvas and graphs take on all devices; weights mapped from the file included."""
+        return self.runner.memory(self.cache).total
+
+    def copy(self) -> "GgmlEngine":
+        """An engine with the same prefix; encoding into one leaves the other as it is."""
+        return GgmlEngine(self.runner, self.cache.copy())
+
+    def prefill(self, tokens: np.ndarray, padding: np.ndarray | None = None) -> None:
+        """Append (B, T) tokens to the prefix; padding (B,) counts pad tokens at the left of each row."""
+        if self.cache is None:
+            # Room for the first canvas too, so that the prefix need not grow for it.
+            self.cache = self.runner.make_cache(len(tokens), tokens.shape[1] + self.canvas_length)
+        self.runner.prefill(tokens, self.cache, padding)
+
+    commit = prefill
+
+    def start(self, canvas: np.ndarray) -> None:
+        self.runner.start(canvas, self.cache)
+
+    def step(self, temperature: float, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray) -> Step:
+        out = self.runner.step(self.cache, temperature, entropy_bound, uniforms, renoise)
+        return Step(out["draft"], out["next_canvas"], out["accepted"] > 0.5, out["entropy"])
+
+
+def make_session(runner: Runner, tokenizer: Tokenizer, keep_prefix: bool = False) -> Session:
+    """A session on ggml. keep_prefix is for a chat: what stays the same from turn to turn is encoded once."""
+    return Session(lambda: GgmlEngine(runner), runner.config, tokenizer, keep_prefix)
