@@ -36,7 +36,7 @@ def _parser():
         prog="python -m gguf_export", description="Look into a GGUF file, describe its graph, run it on ggml."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_info, _add_devices, _add_describe, _add_run):
+    for add in (_add_info, _add_describe, _add_check, _add_draw, _add_run, _add_devices):
         add(commands)
     return parser
 
@@ -192,3 +192,53 @@ def _run(options):
         return Loaded(tokenizer, runner.generation_config, session, what)
 
     return generate(options, load)
+
+
+def _add_check(commands):
+    parser = commands.add_parser(
+        "check",
+        help="check a graph description against a model, and a device",
+        description="Check a graph description: form, fingerprint, shapes of every phase, use of every weight; on a "
+        "device also which operations fall back to the CPU.",
+    )
+    parser.add_argument("file", metavar="FILE", help="a DiffusionGemma GGUF")
+    parser.add_argument("description", metavar="DESCRIPTION", nargs="?", help="default: the one made from FILE")
+    parser.add_argument("--device", metavar="D", help="also check what this device supports")
+    parser.add_argument("--prefix", type=int, default=4096, metavar="N", help="tokens in the prefix (default: 4096)")
+    parser.add_argument("--export-ops", metavar="OUT", help="write the operations for llama.cpp's test-backend-ops")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    parser.set_defaults(run=_check)
+
+
+def _check(options):
+    from .check_report import as_text, report
+
+    result = report(options.file, options.description, options.device, options.prefix, options.export_ops)
+    print(json.dumps(result) if options.json else as_text(result))
+    return 0
+
+
+def _add_draw(commands):
+    parser = commands.add_parser(
+        "draw", help="an SVG of a graph description", description="Draw a template, a phase or the whole as SVG."
+    )
+    parser.add_argument("file", metavar="FILE", help="a DiffusionGemma GGUF, or a graph description")
+    parser.add_argument(
+        "what", metavar="WHAT", nargs="?", default="all", help="sliding, full, a phase, or all (default)"
+    )
+    parser.add_argument("-o", "--out", metavar="OUT", help="where to write it (default: standard output)")
+    parser.set_defaults(run=_draw)
+
+
+def _draw(options):
+    from .description import read_description
+    from .draw import draw
+    from .graph import describe
+
+    is_description = options.file.endswith(".json")
+    svg = draw(read_description(options.file) if is_description else describe(options.file), options.what)
+    if options.out:
+        Path(options.out).write_text(svg, encoding="utf-8")
+    else:
+        print(svg, end="")
+    return 0

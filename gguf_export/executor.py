@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,24 +20,14 @@ from mlx_dgemma.units import human_bytes
 
 from .description import Graph, Leaf
 from .devices import Device, cpu, devices
-from .ggml import EvalCallback, Ggml, InitParams
-from .ggml_graph import TYPE_NUMBERS, build_node
+from .ggml import EvalCallback, Ggml
+from .ggml_graph import build_nodes, new_context, new_tensor
 from .graph_numpy import KINDS
+from .memory import Split, peak
 from .ops import VIEWS, Spec
 
 UPLOAD = 64 << 20  # bytes copied to a device at a time
 USAGE_WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
-MAX_NAME = 63  # characters, ggml's limit
-
-
-class Split(NamedTuple):
-    """Which layers' weights and prefix are on the device; the others, and all of it for 0, are on the CPU."""
-
-    first_layer: int  # from this one on
-
-    def on_device(self, name: str) -> bool:
-        parts = name.split(".")
-        return not (parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) < self.first_layer)
 
 
 class Executor:
@@ -48,11 +37,9 @@ class Executor:
         self.g, self.model, self.device = library, model, device
         found = devices(library)
         host = cpu(found)
-        layers = model.config.num_hidden_layers
-        kept = layers if n_layers_on_device is None else min(n_layers_on_device, layers)
-        self.split = Split(layers - kept)
-        self._devices = [device] if device.kind == "cpu" or kept == 0 else [device, host]
-        if kept == 0:
+        self.split = Split.of(model.config.num_hidden_layers, n_layers_on_device)
+        self._devices = [device] if device.kind == "cpu" else [device, host]
+        if n_layers_on_device == 0:
             self._devices = [host]
         self._clean = contextlib.ExitStack()
         weakref.finalize(self, self._clean.close)
@@ -117,7 +104,7 @@ class Executor:
         self._clean.callback(self.g.ggml_backend_buffer_free, buffer)
         context = self._context(len(leaves))
         for leaf in leaves:
-            handle = self.new_tensor(context, leaf.name, leaf.spec)
+            handle = new_tensor(self.g, context, leaf.name, leaf.spec)
             start = self.model.file.tensors[leaf.name].start
             self.g.ggml_backend_tensor_alloc(buffer, handle, base + start)
             self.tensors[leaf.name] = handle
@@ -128,7 +115,7 @@ class Executor:
         if not leaves:
             return
         context = self._context(len(leaves))
-        handles = {leaf.name: self.new_tensor(context, leaf.name, leaf.spec) for leaf in leaves}
+        handles = {leaf.name: new_tensor(self.g, context, leaf.name, leaf.spec) for leaf in leaves}
         buffer = self.allocate(device, context, "weights", sum(leaf.spec.nbytes for leaf in leaves))
         self._clean.callback(self.g.ggml_backend_buffer_free, buffer)
         self.g.ggml_backend_buffer_set_usage(buffer, USAGE_WEIGHTS)
@@ -147,11 +134,6 @@ class Executor:
         context = new_context(self.g, n)
         self._clean.callback(self.g.ggml_free, context)
         return context
-
-    def new_tensor(self, context, name: str, spec: Spec) -> int:
-        handle = self.g.ggml_new_tensor(context, TYPE_NUMBERS[spec.type], 4, (ctypes.c_int64 * 4)(*spec.ne))
-        self.g.ggml_set_name(handle, name.encode()[:MAX_NAME])
-        return handle
 
     def allocate(self, device: Device, context, what: str, nbytes: int) -> int:
         """A buffer on `device` for every tensor of `context`. Raises DgemmaError that says how much was wanted."""
@@ -206,7 +188,7 @@ class State:
             context = new_context(g, len(here))
             self._clean.callback(g.ggml_free, context)
             for leaf in here:
-                self.tensors[leaf.name] = executor.new_tensor(context, leaf.name, leaf.spec)
+                self.tensors[leaf.name] = new_tensor(g, context, leaf.name, leaf.spec)
             buffer = executor.allocate(device, context, "the prefix", sum(leaf.spec.nbytes for leaf in here))
             self._clean.callback(g.ggml_backend_buffer_free, buffer)
             g.ggml_backend_buffer_clear(buffer, 0)  # slots nobody wrote are read, then masked; they must be numbers
@@ -264,19 +246,14 @@ class Compiled:
         weakref.finalize(self, self._clean.close)
         read = {name for node in nodes for name in node.inputs}
         inputs = [leaf for leaf in graph.leaves.values() if leaf.kind == "input" and leaf.name in read]
-        size = len(nodes) + len(graph.leaves) + 64
+        size = 2 * len(nodes) + len(graph.leaves)  # a top-k sort is two of ggml's nodes
         context = new_context(g, size, size)
         self._clean.callback(g.ggml_free, context)
-        self.inputs = {leaf.name: (executor_input(self.executor, context, leaf), leaf) for leaf in inputs}
+        self.inputs = {leaf.name: (self._input(context, leaf), leaf) for leaf in inputs}
         self._last: dict[str, np.ndarray] = {}
         handles = {**self.executor.tensors, **state.tensors, **{name: h for name, (h, _) in self.inputs.items()}}
-        for node in nodes:
-            spec = graph.specs[node.name]
-            made = build_node(g, context, node.op, spec, [handles[i] for i in node.inputs], node.params)
-            assert g.ggml_nbytes(made) >= 1 and (not spec.contiguous or g.ggml_nbytes(made) == spec.nbytes), node
-            g.ggml_set_name(made, node.name.encode()[:MAX_NAME])
-            handles[node.name] = made
-        shown = [n.name for n in nodes if n.op not in VIEWS] if every else [t for t in targets]
+        handles = build_nodes(g, context, graph, nodes, handles)
+        shown = [n.name for n in nodes if n.op not in VIEWS] if every else targets
         self.outputs = {name: handles[name] for name in shown if graph.specs[name].contiguous}
         cgraph = g.ggml_new_graph_custom(context, size, False)
         for handle in self.outputs.values():
@@ -287,13 +264,20 @@ class Compiled:
         # Writes are targets for their effect; what they wrote stays on the device.
         self.returned = [name for name in self.outputs if every or name in graph.outputs]
 
+    def _input(self, context, leaf):
+        handle = new_tensor(self.g, context, leaf.name, leaf.spec)
+        self.g.ggml_set_input(handle)
+        # An output keeps its memory to the end, so that what did not change need not be sent again.
+        self.g.ggml_set_output(handle)
+        return handle
+
     def _schedule(self, cgraph, size):
         g, backends = self.g, self.executor.backends
         array = (ctypes.c_void_p * len(backends))(*backends)
         self.scheduler = g.ggml_backend_sched_new(array, None, len(backends), 2 * size, False, True)
         self._clean.callback(g.ggml_backend_sched_free, self.scheduler)
         if not g.ggml_backend_sched_alloc_graph(self.scheduler, cgraph):
-            raise self.executor.too_little(self.executor.device, f"computing {self.graph.phase}", 0)
+            raise self.executor.too_little(self.executor.device, f"computing {self.graph.phase}", peak(self.graph))
         self.cgraph = cgraph
 
     @property
@@ -323,22 +307,6 @@ class Compiled:
 
     def close(self) -> None:
         self._clean.close()
-
-
-def executor_input(executor: Executor, context, leaf: Leaf) -> int:
-    handle = executor.new_tensor(context, leaf.name, leaf.spec)
-    executor.g.ggml_set_input(handle)
-    # An output keeps its memory to the end, so that what did not change need not be sent again.
-    executor.g.ggml_set_output(handle)
-    return handle
-
-
-def new_context(g: Ggml, n_tensors: int, graph_size: int = 0) -> int:
-    """Room for the headers of tensors and of one graph; no data."""
-    room = g.ggml_tensor_overhead() * (n_tensors + 1)
-    if graph_size:
-        room += g.ggml_graph_overhead_custom(graph_size, False) + g.ggml_tensor_overhead() * graph_size
-    return g.ggml_init(InitParams(room, None, True))
 
 
 def _stored_bytes(model, name):

@@ -36,6 +36,15 @@ LogCallback = ctypes.CFUNCTYPE(None, _int, _text, _pointer)
 EvalCallback = ctypes.CFUNCTYPE(_bool, _pointer, _bool, _pointer)
 
 
+class TensorLayout(ctypes.Structure):
+    """struct ggml_tensor, as ggml 0.15 to 0.26 lay it out; op_tests.py checks that a library does."""
+
+    _fields_ = (
+        ("type", _int), ("buffer", _pointer), ("ne", _int64 * 4), ("nb", _size * 4), ("op", _int),
+        ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32), ("src", _pointer * 10),
+    )  # fmt: skip
+
+
 def _unary(n=1):
     """A function of a context and n tensors."""
     return (_pointer, *[_pointer] * (n + 1))
@@ -89,7 +98,8 @@ BACKEND = {
     "ggml_backend_reg_name": (_text, _pointer), "ggml_backend_reg_get_proc_address": (_pointer, _pointer, _text),
     "ggml_backend_free": (None, _pointer), "ggml_backend_alloc_ctx_tensors_from_buft": (_pointer, _pointer, _pointer),
     "ggml_backend_buffer_free": (None, _pointer), "ggml_backend_buffer_get_size": (_size, _pointer),
-    "ggml_backend_buffer_set_usage": (None, _pointer, _int), "ggml_backend_buffer_clear": (None, _pointer, ctypes.c_uint8),
+    "ggml_backend_buffer_set_usage": (None, _pointer, _int),
+    "ggml_backend_buffer_clear": (None, _pointer, ctypes.c_uint8),
     "ggml_backend_tensor_alloc": (_int, _pointer, _pointer, _pointer),
     "ggml_backend_tensor_set": (None, _pointer, _pointer, _size, _size),
     "ggml_backend_tensor_get": (None, _pointer, _pointer, _size, _size),
@@ -142,6 +152,10 @@ class Ggml:
             self.ggml_backend_load_all_from_path(str(self.file.parent).encode())
         if self.ggml_backend_dev_count() == 0:
             raise DgemmaError(f"{self.file}: finds no device, not even a CPU; {ADVICE}")
+
+    def layout(self, tensor: int) -> TensorLayout:
+        """A tensor's own fields. Only what exports ggml's numbers needs them."""
+        return TensorLayout.from_address(tensor)
 
     def version(self) -> str:
         return self.ggml_version().decode()

@@ -4,14 +4,18 @@ Source   ggml.h; the names here are ops.py's, the functions ggml's
 Differs  none of ggml's own checks is relied on: ggml ends the process where one fails, so ops.py checked before
 """
 
+import contextlib
+import ctypes
 from collections.abc import Callable
 
 from mlx_dgemma.gguf.types import BY_NUMBER
 
-from .ggml import Ggml
+from .description import Graph
+from .ggml import Ggml, InitParams
 from .ops import PLAIN, Spec
 
 TYPE_NUMBERS = {t.name.lower(): t.number for t in BY_NUMBER.values()}
+MAX_NAME = 63  # characters, ggml's limit
 NEOX = 2  # GGML_ROPE_TYPE_NEOX
 ORDERS = {"ascending": 0, "descending": 1}
 PRECISION_F32 = 10  # GGML_PREC_F32
@@ -68,6 +72,46 @@ BUILD: dict[str, Callable] = {
     "clamp": lambda g, c, spec, a, min, max: g.ggml_clamp(c, a, min, max),
     "arange": lambda g, c, spec, stop: g.ggml_arange(c, 0.0, float(stop), 1.0),
 }  # fmt: skip
+
+
+def build_nodes(g: Ggml, context, graph: Graph, nodes, handles: dict[str, int]) -> dict[str, int]:
+    """ggml's tensors by name: `handles` (every leaf that `nodes` read) and the nodes."""
+    made = dict(handles)
+    for node in nodes:
+        spec = graph.specs[node.name]
+        tensor = build_node(g, context, node.op, spec, [made[i] for i in node.inputs], node.params)
+        nbytes = g.ggml_nbytes(tensor)
+        assert nbytes == spec.nbytes or not spec.contiguous, f"{node}: ggml makes {nbytes} bytes, expected {spec}"
+        g.ggml_set_name(tensor, node.name.encode()[:MAX_NAME])
+        made[node.name] = tensor
+    return made
+
+
+def new_tensor(g: Ggml, context, name: str, spec: Spec) -> int:
+    """A tensor without data."""
+    handle = g.ggml_new_tensor(context, TYPE_NUMBERS[spec.type], 4, (ctypes.c_int64 * 4)(*spec.ne))
+    g.ggml_set_name(handle, name.encode()[:MAX_NAME])
+    return handle
+
+
+def new_context(g: Ggml, n_tensors: int, graph_size: int = 0) -> int:
+    """Room for the headers of tensors and of one graph; no data."""
+    room = g.ggml_tensor_overhead() * (n_tensors + 1)
+    if graph_size:
+        room += g.ggml_graph_overhead_custom(graph_size, False)
+    return g.ggml_init(InitParams(room, None, True))
+
+
+@contextlib.contextmanager
+def dry_graph(g: Ggml, graph: Graph):
+    """A graph's tensors by name, without memory for data: for questions about operations."""
+    # A top-k sort is two of ggml's nodes, so there is room for twice as many.
+    context = new_context(g, 2 * len(graph.nodes) + len(graph.leaves))
+    try:
+        leaves = {leaf.name: new_tensor(g, context, leaf.name, leaf.spec) for leaf in graph.leaves.values()}
+        yield build_nodes(g, context, graph, graph.nodes, leaves)
+    finally:
+        g.ggml_free(context)
 
 
 def build_node(g: Ggml, context, op: str, spec: Spec, inputs: list, params: dict):

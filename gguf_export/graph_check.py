@@ -3,10 +3,65 @@
 Source   docs/formats.md, "Graph description"
 """
 
+import itertools
+from collections import Counter
+from typing import NamedTuple
+
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.gguf.model import GgufModel
+from mlx_dgemma.gguf.reader import GgufFile
 
+from .description import PHASES, Graph, Shape, chain, check_form, expand, rounded
+from .devices import Device
+from .ggml import Ggml
+from .ggml_graph import dry_graph
 from .graph import fingerprint
+from .ops import VIEWS
+
+# Rows, tokens and prefix: the first token, a batch, a long prefix whose ring of slots went round.
+SHAPES = ((1, 1, 0), (3, 7, 300), (1, 512, 5_000))
+
+
+class Report(NamedTuple):
+    """What a check found, when it found nothing wrong."""
+
+    nodes: dict[str, int]  # phase → nodes, under the options first listed
+    templates: dict[str, int]  # template → nodes
+    combinations: int  # of phase, options and shape that were expanded
+    weights: int
+
+
+def check(description: dict, model: GgufModel) -> Report:
+    """Form, fingerprint, every phase under all options for several shapes, and that every weight is used.
+
+    Raises DgemmaError that names the first thing wrong.
+    """
+    check_form(description)
+    check_belongs(description, model)
+    types = weight_types(model.file)
+    used, combinations = set(), 0
+    for options in all_options(description):
+        for shape in shapes(description):
+            graphs = {phase: expand(description, phase, shape, options, types) for phase in PHASES}
+            chain(graphs["denoise"], graphs["sample"])
+            combinations += len(graphs)
+            for graph in graphs.values():
+                read = {name for node in graph.nodes for name in node.inputs}
+                leaves = [leaf for name, leaf in graph.leaves.items() if name in read]
+                used |= {leaf.about["from"] if leaf.kind == "derived" else leaf.name for leaf in leaves}
+    if unused := sorted(set(model.file.tensors) - used):
+        raise DgemmaError(
+            f"{model.file.path}: {unused[0]} is read by no phase of the description, nor are {len(unused) - 1} others, "
+            "expected every weight to be used; describe the model again"
+        )
+    first = {phase: expand(description, phase, shapes(description)[0], _first(description), types) for phase in PHASES}
+    return Report(
+        {phase: len(graph.nodes) for phase, graph in first.items()},
+        {name: sum(n.template == name for n in first["prefill"].nodes) // description["layers"].count(name)
+         for name in dict.fromkeys(description["layers"])},
+        combinations,
+        len(model.file.tensors),
+    )  # fmt: skip
 
 
 def check_belongs(description: dict, model: GgufModel) -> None:
@@ -17,3 +72,48 @@ def check_belongs(description: dict, model: GgufModel) -> None:
             f"{model.file.path}: its fingerprint is {found[:23]}…, the description's {told[:23]}…: they are of "
             "different models; describe this file with `python -m gguf_export describe`"
         )
+
+
+class Fallback(NamedTuple):
+    """An operation a device leaves to the CPU."""
+
+    op: str
+    result: str  # type and shape
+    node: str  # the first one
+    nodes: int  # how many
+    phase: str
+
+
+def fallbacks(g: Ggml, device: Device, graph: Graph) -> list[Fallback]:
+    """The operations of a graph that `device` does not support; empty where all of it runs there."""
+    found, first = Counter(), {}
+    with dry_graph(g, graph) as tensors:
+        for node in graph.nodes:
+            if node.op not in VIEWS and not g.ggml_backend_dev_supports_op(device.handle, tensors[node.name]):
+                key = node.op, str(graph.specs[node.name])
+                found[key] += 1
+                first.setdefault(key, node.name)
+    return [Fallback(*key, first[key], n, graph.phase) for key, n in found.items()]
+
+
+def weight_types(file: GgufFile) -> dict[str, str]:
+    """GGUF name → type as descriptions spell it."""
+    return {name: t.type.name.lower() for name, t in file.tensors.items()}
+
+
+def all_options(description: dict) -> list[dict[str, str]]:
+    """Every combination of options."""
+    options = description["options"]
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+def shapes(description: dict) -> list[Shape]:
+    C, W = description["dims"]["C"], description["dims"]["W"]
+    return [
+        Shape(rows, tokens, prefix, rounded(W - 1 + max(C, 512)), rounded(prefix + max(C, tokens)))
+        for rows, tokens, prefix in SHAPES
+    ]
+
+
+def _first(description):
+    return {name: values[0] for name, values in description["options"].items()}

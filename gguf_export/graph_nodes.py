@@ -1,7 +1,7 @@
 """The computation itself, as nodes: one layer of either kind, and what surrounds the layers in each phase.
 
 Shapes   `ne` order, fastest axis first: hidden states are [H, M]. M = T × B tokens, row after row of the batch.
-         Letters as in graph.py's DIMS; D head_dim, G key-value heads, S slots read and R slots stored of the layer's kind
+         Letters as in graph.py's DIMS; D, G, S and R are those of the layer's kind
 Source   transformers 5.23.0, modeling_diffusion_gemma.py and generation_diffusion_gemma.py; the same steps as
          mlx_dgemma/model.py and sampler.py, in ggml's operations
 Differs  one mean square of the residual serves the three norms that read it; the expert weights are applied before the

@@ -8,7 +8,6 @@ Knows no ggml: an executor computes graphs. executor.py's does it on ggml's devi
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,23 +21,12 @@ from .description import Graph, Leaf, Shape, chain, check_form, expand, rounded
 from .devices import choose, open_ggml
 from .executor import Executor
 from .graph import describe_model
-from .graph_check import check_belongs
+from .graph_check import check_belongs, weight_types
 from .host_inputs import layer_inputs
+from .memory import Memory, check_fits
 from .quantize import cores
 
 PREFILL_CHUNK = 512  # prompt tokens encoded at once: bounds the memory of attention scores
-
-
-class Memory(NamedTuple):
-    """Bytes, on all devices."""
-
-    weights: int  # mapped or copied, and tables made from them
-    prefix: int  # keys and values, room included
-    compute: int  # canvas, beliefs and what compiled graphs need
-
-    @property
-    def total(self) -> int:
-        return sum(self)
 
 
 class Prefix:
@@ -93,7 +81,8 @@ class Runner:
     `python -m gguf_export devices` prints. attention: "flash" (default), or "exact" for mul_mat and soft_max.
     self_conditioning: "top-k" (default), or "exact", which takes a table of V × H on the device. gelu: "fused" (default
     on GPUs), or "exact". cache_type: "f16" or "f32", by default f32 for a file of f32.
-    n_gpu_layers: layers on the device, the last ones; the CPU has the others. description: one that was read with `read_description`; made from the file by default.
+    n_gpu_layers: layers on the device, the last ones; the CPU has the others.
+    description: one that was read with `read_description`; made from the file by default.
     Raises DgemmaError for a file that is not the whole model, a description of another, an unknown device, too little
     memory.
     """
@@ -112,7 +101,13 @@ class Runner:
         description: dict | None = None,
         executor=None,
     ):
-        self.model = open_gguf(model_path(str(gguf_path)))
+        path = model_path(gguf_path, files=["config.json"])
+        if path.is_dir():
+            raise DgemmaError(
+                f"{gguf_path}: found a folder without a GGUF file, expected one; "
+                f"make it with `python -m convert {gguf_path} OUT.gguf --recipe Q4_K_M`"
+            )
+        self.model = open_gguf(path)
         self.config: ModelConfig = self.model.config
         self.generation_config: GenerationConfig = self.model.generation
         self.description = check_form(description) if description else describe_model(self.model)
@@ -128,11 +123,15 @@ class Runner:
             gelu=gelu,
             cache_type=cache_type,
         )
-        self.weight_types = {name: t.type.name.lower() for name, t in self.model.file.tensors.items()}
+        self.weight_types = weight_types(self.model.file)
         self.slots_sliding = rounded(self.config.sliding_window - 1 + max(self.config.canvas_length, PREFILL_CHUNK))
         self._graphs: dict[tuple, Graph] = {}
         weights = self._weights()  # before anything is allocated: a wrong description ends here
-        self.executor = executor or Executor(library, self.model, chosen, n_gpu_layers, threads or cores())
+        if executor is None:
+            graph = self.graph("denoise+sample", Shape(1, 1, 0, self.slots_sliding, rounded(self.config.canvas_length)))
+            check_fits(weights, graph, chosen, self.config.num_hidden_layers, n_gpu_layers)
+            executor = Executor(library, self.model, chosen, n_gpu_layers, threads or cores())
+        self.executor = executor
         self.executor.load(weights)
 
     def _options(self, on_cpu, **given):

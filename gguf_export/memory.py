@@ -1,0 +1,108 @@
+"""What a run takes: weights, prefix, and what a graph needs while it is computed. Said before anything is allocated.
+
+Differs  ggml's allocator reuses memory in place where it can, so `peak` is an upper estimate, within some per cent
+"""
+
+from typing import NamedTuple
+
+from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.units import count, human_bytes
+
+from .description import Graph, Leaf
+from .devices import Device
+from .ops import VIEWS, WRITES
+
+SPARE = 1.05  # devices need some memory that nobody counts
+
+
+class Memory(NamedTuple):
+    """Bytes, on all devices."""
+
+    weights: int  # mapped or copied, and tables made from them
+    prefix: int  # keys and values, room included
+    compute: int  # canvas, beliefs and what compiled graphs need
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Split(NamedTuple):
+    """Which layers' weights and prefix are on the device, with all that is no layer's; the CPU has the other layers."""
+
+    first_layer: int  # from this one on
+
+    @classmethod
+    def of(cls, n_layers: int, on_device: int | None) -> "Split":
+        """The last `on_device` layers; all by default. Raises DgemmaError for a negative number."""
+        if on_device is not None and on_device < 0:
+            raise DgemmaError(f"--n-gpu-layers is {on_device}, expected 0 or more")
+        return cls(0 if on_device is None else max(0, n_layers - on_device))
+
+    def on_device(self, name: str) -> bool:
+        parts = name.split(".")
+        return not (parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) < self.first_layer)
+
+
+def plan(weights: list[Leaf], graph: Graph, split: Split) -> Memory:
+    """What the device must hold for these weights and a step of this shape."""
+    stored = [leaf for leaf in graph.leaves.values() if leaf.kind == "persistent" and split.on_device(leaf.name)]
+    prefix = sum(leaf.spec.nbytes for leaf in stored if leaf.name.startswith("blk."))
+    beliefs = sum(leaf.spec.nbytes for leaf in stored) - prefix
+    held = sum(leaf.spec.nbytes for leaf in weights if split.on_device(leaf.name))
+    return Memory(held, prefix, beliefs + peak(graph))
+
+
+def peak(graph: Graph) -> int:
+    """Most bytes that inputs and intermediate results take at once, each freed after its last reader."""
+    owner = {}  # a view keeps what it looks at
+    for node in graph.nodes:
+        if node.op in VIEWS:
+            owner[node.name] = owner.get(node.inputs[0], node.inputs[0])
+        elif node.op in WRITES:
+            owner[node.name] = ""
+    last = {}
+    for i, node in enumerate(graph.nodes):
+        for name in (*node.inputs, node.name):
+            last[owner.get(name, name)] = i
+    ends: dict[int, list[str]] = {}
+    for name, i in last.items():
+        ends.setdefault(i, []).append(name)
+    held = sum(leaf.spec.nbytes for leaf in graph.leaves.values() if leaf.kind == "input")
+    most, computed = held, {n.name for n in graph.nodes if n.op not in (*VIEWS, *WRITES)}
+    for i, node in enumerate(graph.nodes):
+        if node.name in computed:
+            held += graph.specs[node.name].nbytes
+            most = max(most, held)
+        held -= sum(graph.specs[name].nbytes for name in ends.get(i, ()) if name in computed)
+    return most
+
+
+def check_fits(weights: list[Leaf], graph: Graph, device: Device, n_layers: int, on_device: int | None) -> None:
+    """Raises DgemmaError that says what is needed, what there is, and how many layers would fit.
+
+    On a CPU weights are the file's own pages, which the system reads and drops as it likes; only the rest must fit.
+    """
+    split = Split.of(n_layers, on_device)
+    if device.total == 0 or on_device == 0:  # nobody says how much there is
+        return
+    needs = plan(weights, graph, split)
+    if device.kind == "cpu":
+        derived = sum(leaf.spec.nbytes for leaf in weights if leaf.kind == "derived")
+        needs = needs._replace(weights=derived)
+    if needs.total * SPARE <= device.free:
+        return
+    fits = next((n for n in range(n_layers - 1, 0, -1) if _total(weights, graph, n_layers, n) <= device.free), 0)
+    advice = "choose a smaller recipe, or --device CPU"
+    if fits and device.kind != "cpu":
+        advice = f"--n-gpu-layers {fits} would fit; or {advice}"
+    raise DgemmaError(
+        f"{device.name} has {human_bytes(device.free)} free, expected {human_bytes(needs.total * SPARE)} for "
+        f"{count(n_layers if on_device is None else min(on_device, n_layers), 'layer')} "
+        f"(weights {human_bytes(needs.weights)}, prefix {human_bytes(needs.prefix)}, "
+        f"computing {human_bytes(needs.compute)}); {advice}"
+    )
+
+
+def _total(weights, graph, n_layers, on_device):
+    return plan(weights, graph, Split.of(n_layers, on_device)).total * SPARE
