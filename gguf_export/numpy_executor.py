@@ -32,7 +32,6 @@ class NumpyExecutor:
         return NumpyState({leaf.name: leaf for leaf in leaves})
 
     def compute(self, state: "NumpyState", graph: Graph, inputs: dict, targets: tuple, every=False) -> dict:
-        specs = graph.specs
         given = {
             name: np.asarray(inputs[name], kind_of(leaf.spec)).reshape(leaf.spec.ne[::-1])
             for name, leaf in graph.leaves.items()
@@ -40,7 +39,8 @@ class NumpyExecutor:
         }
         values = compute(graph, {**self.weights, **state.values, **given}, targets)
         made = {node.name for node in graph.nodes}
-        return {name: v for name, v in values.items() if name in made and (every or name in graph.outputs) and specs}
+        # Copies, since a write's result is the state itself, which the next graph changes.
+        return {name: v.copy() for name, v in values.items() if name in made and (every or name in graph.outputs)}
 
 
 class NumpyState:

@@ -288,7 +288,7 @@ class Runner:
             raise DgemmaError(f"tokens have shape {tokens.shape}, expected ({cache.rows}, number of tokens)")
         # ggml ends the process on a row number outside the table.
         V = self.config.vocab_size
-        if wrong := tokens[(tokens < 0) | (tokens >= V)].tolist():
+        if wrong := tokens[(tokens < 0) | (tokens >= V) | (tokens % 1 != 0)].tolist():
             raise DgemmaError(f"found token {wrong[0]}, expected whole numbers from 0 to {V - 1}")
         if cache.length + tokens.shape[1] > self.config.max_position_embeddings + self.config.canvas_length:
             raise ContextError(
