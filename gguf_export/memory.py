@@ -1,6 +1,7 @@
 """What a run takes: weights, prefix, and what a graph needs while it is computed. Said before anything is allocated.
 
-Differs  ggml's allocator reuses memory in place where it can, so `peak` is an upper estimate, within some per cent
+Source   ggml-alloc.c: memory is freed after its last reader, and some operations overwrite their input
+Differs  `peak` knows no alignment and no fragments, so the real buffer is some per cent larger
 """
 
 from typing import NamedTuple
@@ -12,7 +13,11 @@ from .description import Graph, Leaf
 from .devices import Device
 from .ops import VIEWS, WRITES
 
-SPARE = 1.05  # devices need some memory that nobody counts
+SPARE = 1.1  # fragments, and what a device needs for itself
+# Operations that write over an input that nobody reads afterwards.
+IN_PLACE = (
+    "scale", "add", "sub", "mul", "div", "log", "tanh", "silu", "step", "rope", "rms_norm", "soft_max"
+)  # fmt: skip
 
 
 class Memory(NamedTuple):
@@ -68,14 +73,20 @@ def peak(graph: Graph) -> int:
     ends: dict[int, list[str]] = {}
     for name, i in last.items():
         ends.setdefault(i, []).append(name)
-    held = sum(leaf.spec.nbytes for leaf in graph.leaves.values() if leaf.kind == "input")
-    most, computed = held, {n.name for n in graph.nodes if n.op not in (*VIEWS, *WRITES)}
+    inputs = sum(leaf.spec.nbytes for leaf in graph.leaves.values() if leaf.kind == "input")
+    held = most = 0
+    alive: dict[str, int] = {}  # bytes of each intermediate result
     for i, node in enumerate(graph.nodes):
-        if node.name in computed:
-            held += graph.specs[node.name].nbytes
+        if node.op not in (*VIEWS, *WRITES):
+            nbytes = graph.specs[node.name].nbytes
+            spent = [name for name in node.inputs if last.get(name) == i and alive.get(name) == nbytes]
+            if node.op in IN_PLACE and spent:
+                held -= alive.pop(spent[0])
+            alive[node.name] = nbytes
+            held += nbytes
             most = max(most, held)
-        held -= sum(graph.specs[name].nbytes for name in ends.get(i, ()) if name in computed)
-    return most
+        held -= sum(alive.pop(name) for name in ends.get(i, ()) if name in alive and name not in graph.outputs)
+    return inputs + most
 
 
 def check_fits(weights: list[Leaf], graph: Graph, device: Device, n_layers: int, on_device: int | None) -> None:
