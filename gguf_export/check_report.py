@@ -8,7 +8,7 @@ from mlx_dgemma.units import count, human_bytes
 
 from .description import Graph, Shape, chain, expand, read_description, rounded
 from .graph import describe_model
-from .graph_check import check, fallbacks, weight_types
+from .graph_check import check, fallbacks, stored_specs
 from .memory import Split, plan
 
 
@@ -26,7 +26,7 @@ def report(
         raise DgemmaError(f"--prefix is {prefix}, expected 0 or more")
     C, W = model.config.canvas_length, model.config.sliding_window
     shape = Shape(1, 512, prefix, rounded(W - 1 + max(C, 512)), rounded(prefix + max(C, 512)))
-    types = weight_types(model.file)
+    types = stored_specs(model.file)
     options = {
         "attention": "flash",
         "self_conditioning": "top-k",

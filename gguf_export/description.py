@@ -15,7 +15,7 @@ from mlx_dgemma.errors import DgemmaError
 
 from .expressions import evaluate, size
 from .graph import FORMAT, KEYS_MULTIPLE, MAJOR, OPTIONS
-from .ops import OPS, PLAIN, WRITES, Spec, tensor
+from .ops import OPS, PLAIN, WRITES, Spec, tensor, trimmed
 
 MAX_LAYERS, MAX_NODES = 1_000, 100_000
 PHASES = ("prefill", "denoise", "sample", "commit")
@@ -279,18 +279,18 @@ def _is_kind(value, kind):
             return value in kind
 
 
-def expand(description: dict, phase: str, shape: Shape, options: dict, weight_types: dict[str, str]) -> Graph:
+def expand(description: dict, phase: str, shape: Shape, options: dict, stored: dict[str, Spec]) -> Graph:
     """A phase as one flat graph.
 
-    options: a value for each of OPTIONS. weight_types: GGUF name → type, lower case; the file's.
+    options: a value for each of OPTIONS. stored: the file's tensors, as graph_check.stored_specs has them.
     Raises DgemmaError that names the node: an unknown name, a cycle, shapes that do not fit.
     """
-    return _Expansion(description, phase, shape, options, weight_types).graph()
+    return _Expansion(description, phase, shape, options, stored).graph()
 
 
 class _Expansion:
-    def __init__(self, description, phase, shape, options, weight_types):
-        self.d, self.phase, self.weight_types = description, phase, weight_types
+    def __init__(self, description, phase, shape, options, stored):
+        self.d, self.phase, self.stored = description, phase, stored
         entry = description["phases"][phase]
         self.entry = {**description["phases"][entry["as"]], **entry} if "as" in entry else entry
         self.options = {**options, **self.entry["options"]}
@@ -380,22 +380,33 @@ class _Expansion:
             if type in OPTIONS:
                 type = self.options[type]
             if kind == "weight":
-                type = self.weight_types.get(name)
-                if type is None:
-                    raise DgemmaError("the GGUF holds no such tensor")
-                allowed = self.d["weight_types"].get(about["types"], [])
-                if type not in allowed:
-                    raise DgemmaError(f"is {type} in the GGUF, expected one of {', '.join(allowed)}")
+                return self.weight(name, about, shape)
             elif type not in PLAIN:
                 raise DgemmaError(f"type is {str(type)[:40]!r}, expected one of {', '.join(PLAIN)}")
             return tensor(type, *shape)
 
+        if kind == "derived" and (about.get("transform") != "transpose" or about.get("from") not in self.stored):
+            raise self.problem(
+                f"derived {name} is the {about.get('transform')} of {about.get('from')}, expected a transpose"
+            )
         if not 1 <= len(about["shape"]) <= 4:
             raise self.problem(f"{kind} {name} has {len(about['shape'])} axes, expected 1 to 4")
         spec = self.guard(f"{kind} {name}", make)
         self.leaves[name] = Leaf(name, kind, spec, about)
         self.specs[name] = spec
         return name
+
+    def weight(self, name, about, shape):
+        """The file's own spec, where the description says the same."""
+        if name not in self.stored:
+            raise DgemmaError("the GGUF holds no such tensor")
+        spec = self.stored[name]
+        allowed = self.d["weight_types"].get(about.get("types"), [])
+        if spec.type not in allowed:
+            raise DgemmaError(f"is {spec.type} in the GGUF, expected one of {', '.join(allowed)}")
+        if trimmed(spec.ne) != trimmed(tuple(shape)):
+            raise DgemmaError(f"is {spec} in the GGUF, the description says {shape}")
+        return spec
 
     def guard(self, what, function):
         try:

@@ -15,7 +15,7 @@ from .devices import Device
 from .ggml import Ggml
 from .ggml_graph import dry_graph
 from .graph import fingerprint
-from .ops import VIEWS
+from .ops import VIEWS, Spec, tensor
 
 # Rows, tokens and prefix: the first token, a batch, a long prefix whose ring of slots went round.
 SHAPES = ((1, 1, 0), (3, 7, 300), (1, 512, 5_000))
@@ -37,7 +37,7 @@ def check(description: dict, model: GgufModel) -> Report:
     """
     check_form(description)
     check_belongs(description, model)
-    types = weight_types(model.file)
+    types = stored_specs(model.file)
     used, combinations = set(), 0
     for options in some_options(description):
         for shape in shapes(description):
@@ -95,9 +95,9 @@ def fallbacks(g: Ggml, device: Device, graph: Graph) -> list[Fallback]:
     return [Fallback(*key, first[key], n, graph.phase) for key, n in found.items()]
 
 
-def weight_types(file: GgufFile) -> dict[str, str]:
-    """GGUF name → type as descriptions spell it."""
-    return {name: t.type.name.lower() for name, t in file.tensors.items()}
+def stored_specs(file: GgufFile) -> dict[str, Spec]:
+    """GGUF name → type and shape as descriptions spell them."""
+    return {name: tensor(t.type.name.lower(), *reversed(t.shape)) for name, t in file.tensors.items()}
 
 
 def some_options(description: dict) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from .description import Graph, Leaf, Shape, chain, check_form, expand, rounded
 from .devices import choose, open_ggml
 from .executor import Executor
 from .graph import describe_model
-from .graph_check import check_belongs, weight_types
+from .graph_check import check_belongs, stored_specs
 from .host_inputs import layer_inputs
 from .memory import Memory, check_fits
 from .quantize import cores
@@ -112,6 +112,8 @@ class Runner:
         self.generation_config: GenerationConfig = self.model.generation
         self.description = check_form(description) if description else describe_model(self.model)
         check_belongs(self.description, self.model)
+        if threads is not None and threads < 1:
+            raise DgemmaError(f"--threads is {threads}, expected 1 or more")
         library = chosen = None
         if executor is None:
             library = open_ggml()
@@ -123,7 +125,7 @@ class Runner:
             gelu=gelu,
             cache_type=cache_type,
         )
-        self.weight_types = weight_types(self.model.file)
+        self.stored = stored_specs(self.model.file)
         self.slots_sliding = rounded(self.config.sliding_window - 1 + max(self.config.canvas_length, PREFILL_CHUNK))
         self._graphs: dict[tuple, Graph] = {}
         weights = self._weights()  # before anything is allocated: a wrong description ends here
@@ -246,9 +248,7 @@ class Runner:
         """A phase (or "denoise+sample") for one shape."""
         key = (phase, shape)
         if key not in self._graphs:
-            parts = [
-                expand(self.description, name, shape, self.options, self.weight_types) for name in phase.split("+")
-            ]
+            parts = [expand(self.description, name, shape, self.options, self.stored) for name in phase.split("+")]
             # One shape at a time: a prefix only grows, so an old one seldom comes again.
             self._graphs = {k: g for k, g in self._graphs.items() if k[0] != phase}
             self._graphs[key] = parts[0] if len(parts) == 1 else chain(*parts)

@@ -13,6 +13,8 @@ from convert.imatrix_cli import _parser as imatrix_parser
 from convert.plan_gguf import make_gguf_plan
 from convert.recipes_gguf import RECIPES as GGUF_RECIPES
 from gguf_export.cli import _parser as gguf_parser
+from gguf_export.graph import DIMS, OPTIONS, RUNTIME
+from gguf_export.ops import OPS
 from mlx_dgemma.cli import parse
 from mlx_dgemma.config import GenerationConfig, parse_config
 from mlx_dgemma.gguf.metadata import metadata
@@ -80,3 +82,12 @@ def test_the_readmes_python_runs(tmp_path, capsys):
     space |= {"tokens": mx.array([[2, 105]]), "canvas": mx.zeros((1, 64), mx.int32)}
     exec(below, space)
     assert space["logits"].shape == (1, 64, 1024)
+
+
+def test_operations_of_the_formats_page_are_the_tables():
+    page = (ROOT / "docs/formats.md").read_text()
+    for name, op in OPS.items():
+        params = ", ".join(f"`{p}`" for p in op.params) or "–"
+        assert f"| `{name}` | {', '.join(op.inputs) or '–'} | {params} | {op.says} |" in page, name
+    for name in {**DIMS, **RUNTIME, **OPTIONS}:
+        assert f"`{name}`" in page, name

@@ -12,7 +12,7 @@ from demo.tasks import TASKS, held_out
 from gguf_export import Runner
 from gguf_export.description import Shape, expand
 from gguf_export.engine import make_session
-from gguf_export.graph_check import weight_types
+from gguf_export.graph_check import stored_specs
 from gguf_export.graph_numpy import first_difference
 from gguf_export.host_inputs import layer_inputs
 from gguf_export.numpy_executor import NumpyExecutor
@@ -402,7 +402,7 @@ def test_masks_show_what_mlx_shows(path):
 
     runner = runner_of(path)
     padding = np.array([0, 3], np.int32)
-    types = weight_types(runner.model.file)
+    types = stored_specs(runner.model.file)
     for P, T in ((0, 5), (30, 40), (900, 12)):
         shape = Shape(2, T, P, 768, 1_024)
         for phase in ("prefill", "denoise"):

@@ -63,7 +63,7 @@ def test_simple_types_are_ggmls_without_ggml(name, weights, no_ggml, monkeypatch
 @pytest.mark.parametrize("name", ["Q4_K", "Q3_K", "IQ4_NL", "Q4_0"])
 def test_pieces_and_threads_do_not_change_a_byte(name, weights, monkeypatch):
     whole = quantize.quantize(weights, TYPES[name])
-    monkeypatch.setattr(quantize, "_cores", lambda: 1)
+    monkeypatch.setattr(quantize, "cores", lambda: 1)
     rows = [quantize.quantize(row[None], TYPES[name]) for row in weights]
     assert np.concatenate(rows).tobytes() == whole.tobytes()
 
