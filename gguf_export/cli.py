@@ -90,7 +90,7 @@ def _devices(options):
     library = open_ggml()
     found, first = devices(library), choose(library)
     if options.json:
-        rows = [{k: v for k, v in d._asdict().items() if k != "handle"} for d in found]
+        rows = [{k: v for k, v in d._asdict().items() if k not in ("handle", "maps")} for d in found]
         print(
             json.dumps({"library": str(library.file), "ggml": library.version(), "auto": first.name, "devices": rows})
         )
@@ -152,11 +152,7 @@ def add_runner_options(parser):
         help="read the likeliest tokens of the step before (default), or all, which takes a table of its own",
     )
     add("--attention", choices=("flash", "exact"), help="fused (default), or mul_mat and soft_max")
-    add(
-        "--gelu",
-        choices=("fused", "exact"),
-        help="ggml's own (default on GPUs), or exact on the CPU too (default there)",
-    )
+    add("--form", choices=("gpu", "cpu"), help="operations that suit one or the other (default: what the device is)")
     add("--cache-type", choices=("f16", "f32"), help="keys and values (default: f32 for a file of f32, else f16)")
     add("--description", metavar="FILE", help="a graph description (default: made from the model)")
 
@@ -170,7 +166,7 @@ def open_runner(options):
         options.model,
         options.device,
         attention=options.attention,
-        gelu=options.gelu,
+        form=options.form,
         self_conditioning=options.self_conditioning,
         cache_type=options.cache_type,
         n_gpu_layers=options.n_gpu_layers,
@@ -226,6 +222,9 @@ def _add_draw(commands):
     parser.add_argument(
         "what", metavar="WHAT", nargs="?", default="all", help="sliding, full, a phase, or all (default)"
     )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="form=cpu, attention=exact and the like"
+    )
     parser.add_argument("-o", "--out", metavar="OUT", help="where to write it (default: standard output)")
     parser.set_defaults(run=_draw)
 
@@ -235,8 +234,9 @@ def _draw(options):
     from .draw import draw
     from .graph import describe
 
+    chosen = {name: value for name, _, value in (option.partition("=") for option in options.option)}
     is_description = options.file.endswith(".json")
-    svg = draw(read_description(options.file) if is_description else describe(options.file), options.what)
+    svg = draw(read_description(options.file) if is_description else describe(options.file), options.what, chosen)
     if options.out:
         Path(options.out).write_text(svg, encoding="utf-8")
     else:
