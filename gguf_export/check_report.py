@@ -6,7 +6,8 @@ from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.gguf.model import open_gguf
 from mlx_dgemma.units import count, human_bytes
 
-from .description import Graph, Shape, chain, expand, read_description, rounded
+from .description import Graph, Shape, chain, read_description, rounded
+from .expansion import expand
 from .graph import describe_model
 from .graph_check import check, fallbacks, stored_specs
 from .memory import Split, plan
@@ -30,7 +31,7 @@ def report(
     options = {
         "attention": "flash",
         "self_conditioning": "top-k",
-        "gelu": "fused",
+        "form": "gpu",
         "cache_type": "f16",
         "table_type": "f16",
     }
@@ -60,13 +61,13 @@ def report(
         if device:
             chosen = choose(library, device)
             if chosen.kind == "cpu":
-                options["gelu"] = "exact"
+                options["form"] = "cpu"
             rows = [row._asdict() for graph in graphs() for row in fallbacks(library, chosen, graph)]
             result |= {"device": chosen.name, "fallbacks": rows}
         if ops:
             from .op_tests import op_lines
 
-            lines = op_lines(library, [*graphs(), *graphs(attention="exact", self_conditioning="exact", gelu="exact")])
+            lines = op_lines(library, [*graphs(), *graphs(attention="exact", self_conditioning="exact", form="cpu")])
             _write(ops, "\n".join(lines) + "\n")
             result |= {"ops": len(lines), "ops_file": ops}
     return result

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mlx_dgemma.errors import DgemmaError
 
-from .ggml import Ggml, need_ggml
+from .ggml import DeviceProps, Ggml, need_ggml
 
 KINDS = {0: "cpu", 1: "gpu", 2: "integrated gpu", 3: "accelerator", 4: "several"}
 GPUS = ("gpu", "integrated gpu")
@@ -20,6 +20,7 @@ class Device(NamedTuple):
     description: str
     free: int  # bytes
     total: int  # bytes
+    maps: bool  # computes on the file's own pages, without a copy
     handle: int  # ggml's own
 
 
@@ -57,13 +58,19 @@ def cpu(found: list[Device]) -> Device:
 
 
 def _device(library, handle):
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    free, total, props = ctypes.c_size_t(), ctypes.c_size_t(), DeviceProps()
     library.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    library.ggml_backend_dev_get_props(handle, ctypes.byref(props))
+    kind = KINDS.get(library.ggml_backend_dev_type(handle), "other")
+    registry = library.ggml_backend_reg_name(library.ggml_backend_dev_backend_reg(handle)).decode()
+    # A card of its own may take host memory too, but would read it over the bus at every step.
+    shares_memory = kind in ("cpu", "integrated gpu") or registry in ("Metal", "MTL")
     return Device(
         library.ggml_backend_dev_name(handle).decode(),
-        KINDS.get(library.ggml_backend_dev_type(handle), "other"),
+        kind,
         library.ggml_backend_dev_description(handle).decode(errors="replace"),
         free.value,
         total.value,
+        bool(props.buffer_from_host_ptr) and shares_memory,
         handle,
     )

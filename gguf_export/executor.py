@@ -3,7 +3,7 @@
 Shapes   arrays are slowest axis first, as many axes as the caller likes; `ne` order stays inside
 Source   ggml-backend.h; llama.cpp's use of ggml's scheduler
 
-On the CPU (and wherever a device computes on host memory) weights are mapped from the file, not copied.
+On the CPU, and where a GPU shares its memory, weights are the file's own pages, not a copy.
 """
 
 import contextlib
@@ -86,21 +86,19 @@ class Executor:
             here = [leaf for leaf in leaves if self.place(leaf.name) == i and leaf.name not in self.tensors]
             stored = [leaf for leaf in here if leaf.kind == "weight"]
             derived = [leaf for leaf in here if leaf.kind == "derived"]
-            if device.kind == "cpu":
-                self._map(device, stored)
-            else:
+            if not (device.maps and self._map(device, stored)):
                 self._upload(device, stored, lambda leaf: _stored_bytes(self.model, leaf.name))
             self._upload(device, derived, lambda leaf: _transposed(self.model, leaf))
 
     def _map(self, device, leaves):
-        """The file's own pages as weights."""
+        """The file's own pages as weights; False where the device does not take them."""
         if not leaves:
-            return
+            return True
         self._mapped = np.memmap(self.model.file.path, np.uint8, "r")
         base, largest = self._mapped.ctypes.data, max(leaf.spec.nbytes for leaf in leaves)
         buffer = self.g.ggml_backend_dev_buffer_from_host_ptr(device.handle, base, self._mapped.nbytes, largest)
         if not buffer:
-            raise DgemmaError(f"{self.model.file.path}: cannot be used in place on {device.name}{self.last_words()}")
+            return False
         self._clean.callback(self.g.ggml_backend_buffer_free, buffer)
         context = self._context(len(leaves))
         for leaf in leaves:
@@ -110,6 +108,7 @@ class Executor:
             self.tensors[leaf.name] = handle
         self.g.ggml_backend_buffer_set_usage(buffer, USAGE_WEIGHTS)
         self.weight_bytes[device.name] += sum(leaf.spec.nbytes for leaf in leaves)
+        return True
 
     def _upload(self, device, leaves, pieces: Callable):
         if not leaves:
@@ -137,12 +136,18 @@ class Executor:
 
     def allocate(self, device: Device, context, what: str, nbytes: int) -> int:
         """A buffer on `device` for every tensor of `context`. Raises DgemmaError that says how much was wanted."""
+        self.check_room(device, what, nbytes)
         buffer = self.g.ggml_backend_alloc_ctx_tensors_from_buft(
             context, self.g.ggml_backend_dev_buffer_type(device.handle)
         )
         if not buffer:
             raise self.too_little(device, what, nbytes)
         return buffer
+
+    def check_room(self, device, what, nbytes):
+        """A CPU promises more memory than there is, and the process ends when it is used; a GPU refuses by itself."""
+        if device.kind == "cpu" and 0 < device.total < nbytes:
+            raise self.too_little(device, what, nbytes)
 
     def too_little(self, device, what, nbytes):
         free = next(d.free for d in devices(self.g) if d.name == device.name)
@@ -273,6 +278,7 @@ class Compiled:
 
     def _schedule(self, cgraph, size):
         g, backends = self.g, self.executor.backends
+        self.executor.check_room(self.executor.device, f"computing {self.graph.phase}", peak(self.graph))
         array = (ctypes.c_void_p * len(backends))(*backends)
         self.scheduler = g.ggml_backend_sched_new(array, None, len(backends), 2 * size, False, True)
         self._clean.callback(g.ggml_backend_sched_free, self.scheduler)

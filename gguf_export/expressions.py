@@ -8,6 +8,8 @@ import ast
 import functools
 import operator
 
+import numpy as np
+
 from mlx_dgemma.errors import DgemmaError
 
 _BINARY = {
@@ -17,6 +19,7 @@ _BINARY = {
 _COMPARE = {ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Eq: operator.eq}
 MAX_LENGTH = 200  # characters; also bounds how deeply a text nests
 MAX_SIZE = 1 << 48
+MAX_VALUE = 1 << 62  # of whatever is computed on the way: it stays within numpy's 64 bits
 
 
 def evaluate(text, names: dict):
@@ -29,8 +32,9 @@ def evaluate(text, names: dict):
     if not isinstance(text, str) or len(text) > MAX_LENGTH:
         raise DgemmaError(f"found {str(text)[:50]!r}, expected a whole number or an expression such as 'N*D'")
     try:
-        return _value(_parse(text), names)
-    except (SyntaxError, ValueError, ZeroDivisionError, TypeError, RecursionError, MemoryError) as error:
+        with np.errstate(divide="raise"):
+            return _value(_parse(text), names)
+    except (SyntaxError, ValueError, ArithmeticError, TypeError, RecursionError, MemoryError) as error:
         raise DgemmaError(f"expression {text!r}: {error}; expected whole numbers, names, + - * // %") from None
 
 
@@ -58,7 +62,7 @@ def _parse(text):
 def _value(node, names):
     match node:
         case ast.Constant(value=int() as value) if type(value) is int:
-            return value
+            return _bounded(value)
         case ast.Name(id=name):
             if name not in names:
                 raise ValueError(f"unknown name {name}, known are {', '.join(sorted(map(str, names)))}")
@@ -71,6 +75,6 @@ def _value(node, names):
 
 
 def _bounded(value):
-    if isinstance(value, int) and abs(value) > MAX_SIZE**2:
+    if isinstance(value, int) and abs(value) > MAX_VALUE:
         raise ValueError("the value is absurdly large")
     return value

@@ -36,6 +36,16 @@ LogCallback = ctypes.CFUNCTYPE(None, _int, _text, _pointer)
 EvalCallback = ctypes.CFUNCTYPE(_bool, _pointer, _bool, _pointer)
 
 
+class DeviceProps(ctypes.Structure):
+    """struct ggml_backend_dev_props of ggml 0.15 to 0.26, and room for what a later one may add."""
+
+    _fields_ = (
+        ("name", _text), ("description", _text), ("memory_free", _size), ("memory_total", _size), ("type", _int),
+        ("device_id", _text), ("async", _bool), ("host_buffer", _bool), ("buffer_from_host_ptr", _bool),
+        ("later", ctypes.c_uint8 * 253),
+    )  # fmt: skip
+
+
 class TensorLayout(ctypes.Structure):
     """struct ggml_tensor, as ggml 0.15 to 0.26 lay it out; op_tests.py checks that a library does."""
 
@@ -72,15 +82,14 @@ OPERATIONS = {
     **{f"ggml_{name}": _unary() for name in (
         "cont", "argmax", "cumsum", "sum_rows", "log", "tanh", "silu", "step", "geglu")},
     **{f"ggml_{name}": _unary(2) for name in (
-        "get_rows", "mul_mat", "add", "sub", "mul", "div", "geglu_split", "cpy")},
+        "get_rows", "mul_mat", "out_prod", "add", "sub", "mul", "div", "geglu_split", "cpy")},
     **{f"ggml_{name}": _unary(3) for name in ("set_rows", "mul_mat_id")},
     **{f"ggml_{name}": (*_unary(), _int) for name in ("argsort", "argsort_top_k", "top_k", "cast")},
     "ggml_rms_norm": (*_unary(), _float),
     "ggml_scale_bias": (*_unary(), _float, _float), "ggml_clamp": (*_unary(), _float, _float),
     "ggml_rope_ext": (*_unary(3), _int, _int, _int, *[_float] * 6),
     "ggml_flash_attn_ext": (*_unary(4), _float, _float, _float),
-    "ggml_flash_attn_ext_set_prec": (None, _pointer, _int),
-    "ggml_mul_mat_set_prec": (None, _pointer, _int),
+    "ggml_prec_set_acc": (_bool, _pointer, _int),
     "ggml_soft_max_ext": (*_unary(2), _float, _float),
     "ggml_reshape_4d": (*_unary(), *[_int64] * 4), "ggml_repeat_4d": (*_unary(), *[_int64] * 4),
     "ggml_view_4d": (*_unary(), *[_int64] * 4, *[_size] * 4),
@@ -91,6 +100,7 @@ BACKEND = {
     "ggml_backend_load_all_from_path": (None, _text), "ggml_backend_dev_count": (_size,),
     "ggml_backend_dev_get": (_pointer, _size), "ggml_backend_dev_name": (_text, _pointer),
     "ggml_backend_dev_description": (_text, _pointer), "ggml_backend_dev_type": (_int, _pointer),
+    "ggml_backend_dev_get_props": (None, _pointer, ctypes.POINTER(DeviceProps)),
     "ggml_backend_dev_memory": (None, _pointer, _sizes, _sizes), "ggml_backend_dev_init": (_pointer, _pointer, _text),
     "ggml_backend_dev_buffer_type": (_pointer, _pointer), "ggml_backend_dev_backend_reg": (_pointer, _pointer),
     "ggml_backend_dev_supports_op": (_bool, _pointer, _pointer),
@@ -175,8 +185,8 @@ def _open(file):
 
 def _registry_libraries(base):
     """libggml beside libggml-base: it knows the backends. Its name may carry a version: libggml.so.0.26.0"""
-    stem, named = _file_name("ggml").split(".")[0], sorted(base.parent.glob(f"{_file_name('ggml').split('.')[0]}.*"))
-    found = [_open(file) for file in named if file.name.startswith(stem + ".")]
+    stem, suffix = _file_name("ggml").split(".")
+    found = [_open(file) for file in sorted(base.parent.glob(f"{stem}.*")) if f".{suffix}" in file.suffixes]
     if not found:
         raise DgemmaError(f"{base.parent}: holds no {_file_name('ggml')}, expected it beside {base.name}; {ADVICE}")
     return found

@@ -29,14 +29,14 @@ def _rope(g, c, spec, a, positions, factors=None, *, dims, base, style):
 def _flash_attn(g, c, spec, q, k, v, mask, *, scale):
     result = g.ggml_flash_attn_ext(c, q, k, v, mask, scale, 0.0, 0.0)
     # Scores reach tens, since attention is not scaled: half-precision sums would lose what decides.
-    g.ggml_flash_attn_ext_set_prec(result, PRECISION_F32)
+    g.ggml_prec_set_acc(result, PRECISION_F32)
     return result
 
 
 def _mul_mat(g, c, spec, a, b, precision="default"):
     result = g.ggml_mul_mat(c, a, b)
     if precision == "f32":
-        g.ggml_mul_mat_set_prec(result, PRECISION_F32)
+        g.ggml_prec_set_acc(result, PRECISION_F32)
     return result
 
 
@@ -52,8 +52,8 @@ def _call(name):
 
 BUILD: dict[str, Callable] = {
     **{name: _call(name) for name in (
-        "get_rows", "set_rows", "mul_mat_id", "add", "sub", "mul", "div", "geglu", "geglu_split", "cont", "cpy",
-        "argmax", "cumsum", "sum_rows", "log", "tanh", "silu", "step")},
+        "get_rows", "set_rows", "out_prod", "mul_mat_id", "add", "sub", "mul", "div", "geglu", "geglu_split", "cont",
+        "cpy", "argmax", "cumsum", "sum_rows", "log", "tanh", "silu", "step")},
     "mul_mat": _mul_mat,
     "rms_norm": lambda g, c, spec, a, eps: g.ggml_rms_norm(c, a, eps),
     "scale": lambda g, c, spec, a, factor, bias=0.0: g.ggml_scale_bias(c, a, factor, bias),

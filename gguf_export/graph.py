@@ -10,6 +10,7 @@ It holds for every quantization of one model: `fingerprint` covers configuration
 
 import hashlib
 import json
+import struct
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,15 +40,15 @@ RUNTIME = {
     "T": "tokens per row in this pass; C in denoise, sample and commit",
     "M": "T*B",
     "P": "tokens in the prefix, padding included",
-    "S_sliding": f"slots a sliding layer reads: P + T rounded up to {KEYS_MULTIPLE}, at most R_sliding",
-    "S_full": f"slots a full layer reads: P + T rounded up to {KEYS_MULTIPLE}",
-    "R_sliding": f"slots a sliding layer stores: W - 1 + the largest T, rounded up to {KEYS_MULTIPLE}",
-    "R_full": f"slots a full layer stores: the longest P + T, rounded up to {KEYS_MULTIPLE}",
+    "S_sliding": "slots a sliding layer reads: P + T rounded up to U, at most R_sliding",
+    "S_full": "slots a full layer reads: P + T rounded up to U",
+    "R_sliding": "slots a sliding layer stores: W - 1 + the largest T, rounded up to U",
+    "R_full": "slots a full layer stores: the longest P + T, rounded up to U",
 }
-OPTIONS = {
+OPTIONS = {  # the first is the default
     "attention": ["flash", "exact"],
     "self_conditioning": ["top-k", "exact"],
-    "gelu": ["fused", "exact"],
+    "form": ["gpu", "cpu"],
     "cache_type": ["f16", "f32"],
     "table_type": ["f16", "f32"],
 }
@@ -77,7 +78,7 @@ def describe_model(model: GgufModel, top_k: int = TOP_K_TOKENS) -> dict:
             "name": str(model.file.get("general.name", "")),
             "fingerprint": fingerprint(model.file),
         },
-        "dims": _dims(config, min(top_k, config.vocab_size)),
+        "dims": model_dims(config, min(top_k, config.vocab_size)),
         "runtime_dims": RUNTIME,
         "options": OPTIONS,
         "weight_types": {"matrix": list(WEIGHT_TYPES), "vector": ["f32"]},
@@ -96,9 +97,9 @@ def describe_model(model: GgufModel, top_k: int = TOP_K_TOKENS) -> dict:
             }
         },
         "persistent": {
-            "canvas": {"type": "i32", "shape": ["C*B"]},
+            "canvas": {"type": "i32", "shape": ["C*B"], "below": "V"},
             "sc_shares": {"type": "f32", "shape": ["V", "C*B"], "when": EXACT},
-            "sc_tokens": {"type": "i32", "shape": ["X", "C*B"], "when": TOP_K},
+            "sc_tokens": {"type": "i32", "shape": ["X", "C*B"], "below": "V", "when": TOP_K},
             "sc_weights": {"type": "f32", "shape": ["X", "C*B"], "when": TOP_K},
         },
         "templates": {
@@ -112,7 +113,8 @@ def describe_model(model: GgufModel, top_k: int = TOP_K_TOKENS) -> dict:
 _KINDS = ("sliding", "full")
 
 
-def _dims(config: ModelConfig, top_k):
+def model_dims(config: ModelConfig, top_k: int) -> dict[str, int]:
+    """The dims of a description of this model."""
     return {
         "H": config.hidden_size,
         "I": config.intermediate_size,
@@ -124,6 +126,7 @@ def _dims(config: ModelConfig, top_k):
         "C": config.canvas_length,
         "W": config.sliding_window,
         "X": top_k,
+        "U": KEYS_MULTIPLE,
     }
 
 
@@ -138,6 +141,7 @@ DIMS = {
     "C": "canvas",
     "W": "sliding window",
     "X": "tokens kept by top-k self-conditioning",
+    "U": "slots are counted in multiples of this",
     "D": "head_dim of the layer",
     "G": "key-value heads of the layer",
     "S": "slots the layer reads",
@@ -224,7 +228,8 @@ def _layer_inputs(masks):
     inputs = {"positions": {"type": "i32", "shape": ["M"], "value": "P + t - pad"}}
     for kind in _KINDS:
         R = f"R_{kind}"
-        inputs[f"slots_{kind}"] = {"type": "i64", "shape": ["M"], "value": f"(P + t) % {R} + b * {R}"}
+        value = f"(P + t) % {R} + b * {R}"
+        inputs[f"slots_{kind}"] = {"type": "i64", "shape": ["M"], "value": value, "below": f"{R}*B"}
         inputs[f"mask_{kind}"] = {
             "type": "f16", "shape": [f"S_{kind}", "T", 1, "B"], "visible": masks[kind], "slots": R,
         }  # fmt: skip
@@ -246,8 +251,17 @@ def fingerprint(file: GgufFile) -> str:
     keys = ("diffusion-gemma.", "diffusion.canvas_length")
     facts = {name: entry.value for name, entry in file.metadata.items() if name.startswith(keys)}
     shapes = {t.name: list(t.shape) for t in file.tensors.values()}
-    text = json.dumps([facts, shapes], sort_keys=True, separators=(",", ":"))
+    text = json.dumps([_float_bits(facts), shapes], sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _float_bits(value):
+    """Floats as the 16 hexadecimal digits of their float64: how a language spells a float is its own."""
+    if isinstance(value, dict):
+        return {name: _float_bits(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_float_bits(v) for v in value]
+    return struct.pack(">d", value).hex() if isinstance(value, float) else value
 
 
 def _version():

@@ -6,15 +6,20 @@ Source   docs/formats.md, "Graph description"
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
+
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.gguf.model import GgufModel
 from mlx_dgemma.gguf.reader import GgufFile
 
-from .description import PHASES, Graph, Shape, chain, check_form, expand, rounded
+from .description import Graph, Shape, chain, rounded
+from .description_form import NEXT, PHASES, check_form
 from .devices import Device
+from .expansion import expand
 from .ggml import Ggml
 from .ggml_graph import dry_graph
-from .graph import fingerprint
+from .graph import fingerprint, model_dims
+from .host_inputs import layer_inputs
 from .ops import VIEWS, Spec, tensor
 
 # Rows, tokens and prefix: the first token, a batch, a long prefix whose ring of slots went round.
@@ -44,6 +49,9 @@ def check(description: dict, model: GgufModel) -> Report:
             graphs = {phase: expand(description, phase, shape, options, types) for phase in PHASES}
             chain(graphs["denoise"], graphs["sample"])
             combinations += len(graphs)
+            if options == _first(description):
+                for graph in graphs.values():
+                    layer_inputs(graph, np.zeros(shape.rows, np.int32))
             for graph in graphs.values():
                 read = {name for node in graph.nodes for name in node.inputs}
                 leaves = [leaf for name, leaf in graph.leaves.items() if name in read]
@@ -70,6 +78,15 @@ def check_belongs(description: dict, model: GgufModel) -> None:
         raise DgemmaError(
             f"{model.file.path}: its fingerprint is {found[:23]}…, the description's {told[:23]}…: they are of "
             "different models; describe this file with `python -m gguf_export describe`"
+        )
+    dims, X = description["dims"], description["dims"].get("X", 0)
+    for name, n in model_dims(model.config, min(X, model.config.vocab_size)).items():
+        if dims.get(name) != n:
+            raise DgemmaError(f"description: dims has {name} = {dims.get(name)}, {model.file.path} has {n}; {NEXT}")
+    if len(description["layers"]) != model.config.num_hidden_layers:
+        raise DgemmaError(
+            f"description: {len(description['layers'])} layers, {model.file.path} has "
+            f"{model.config.num_hidden_layers}; {NEXT}"
         )
 
 

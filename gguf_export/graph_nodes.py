@@ -4,8 +4,8 @@ Shapes   `ne` order, fastest axis first: hidden states are [H, M]. M = T × B to
          Letters as in graph.py's DIMS; D, G, S and R are those of the layer's kind
 Source   transformers 5.23.0, modeling_diffusion_gemma.py and generation_diffusion_gemma.py; the same steps as
          mlx_dgemma/model.py and sampler.py, in ggml's operations
-Differs  one mean square of the residual serves the three norms that read it; the expert weights are applied before the
-         down projection, where rows are shorter; the softcap's division happens before the product with the vocabulary
+Differs  one mean square of the residual serves the three norms that read it; the softcap's division happens before the
+         product with the vocabulary
 
 The product with weight X.weight is called X, and so is the norm with that weight: names are shared with the MLX
 model, so a disagreement is found by name. A node with "when" is there only under those options.
@@ -16,7 +16,8 @@ import math
 ENCODER, DECODER = {"pass": "encoder"}, {"pass": "decoder"}
 FLASH, EXACT_ATTENTION = {"attention": "flash"}, {"attention": "exact"}
 EXACT, TOP_K = {"self_conditioning": "exact"}, {"self_conditioning": "top-k"}
-FUSED_GELU, EXACT_GELU = {"gelu": "fused"}, {"gelu": "exact"}
+# The same functions in operations that suit GPUs (few kernels), or ggml's CPU (threaded, no lookup in float16).
+GPU, CPU = {"form": "gpu"}, {"form": "cpu"}
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 VOCABULARY_BLOCK = 512  # one float32 sum over 262,144 terms would lose the small ones; as in mlx_dgemma/sampler.py
 
@@ -111,20 +112,20 @@ def _dense(n, x):
 
 
 def _geglu(n, name, gate, up):
-    """gelu(gate) × up. ggml's CPU looks gelu up in a float16 table; the exact form is built from what it computes.
+    """gelu(gate) × up. ggml's CPU looks gelu up in a float16 table; the CPU's form is built from what it computes.
 
     gelu(x) = x σ(y) with y = x d and d = GELU_SLOPE (1 + 0.044715 x²), so it is silu(y) / d; d is never 0.
     """
-    n.add(name, "geglu_split", gate, up, when=FUSED_GELU)
-    return _exact_geglu(n, name, gate, up)
+    n.add(name, "geglu_split", gate, up, when=GPU)
+    return _cpu_geglu(n, name, gate, up)
 
 
-def _exact_geglu(n, name, gate, up):
-    square = n.add(f"{name}_square", "mul", gate, gate, when=EXACT_GELU)
-    slope = n.add(f"{name}_slope", "scale", square, factor=0.044715 * GELU_SLOPE, bias=GELU_SLOPE, when=EXACT_GELU)
-    silu = n.add(f"{name}_silu", "silu", n.add(f"{name}_in", "mul", slope, gate, when=EXACT_GELU), when=EXACT_GELU)
-    gelu = n.add(f"{name}_gelu", "div", silu, slope, when=EXACT_GELU)
-    return n.add(name, "mul", gelu, up, when=EXACT_GELU)
+def _cpu_geglu(n, name, gate, up):
+    square = n.add(f"{name}_square", "mul", gate, gate, when=CPU)
+    slope = n.add(f"{name}_slope", "scale", square, factor=0.044715 * GELU_SLOPE, bias=GELU_SLOPE, when=CPU)
+    silu = n.add(f"{name}_silu", "silu", n.add(f"{name}_in", "mul", slope, gate, when=CPU), when=CPU)
+    gelu = n.add(f"{name}_gelu", "div", silu, slope, when=CPU)
+    return n.add(name, "mul", gelu, up, when=CPU)
 
 
 def _router(n, unit, config):
@@ -151,28 +152,26 @@ def _experts(n, x, ids, weights, config, split):
         act = _geglu(n, "expert_act", gate, up)
     else:
         both = n.add("ffn_gate_up_exps", "mul_mat_id", "ffn_gate_up_exps.weight", x, ids)  # gate rows first
-        n.add("expert_act", "geglu", both, when=FUSED_GELU)
+        n.add("expert_act", "geglu", both, when=GPU)
         strides = [1, "2*F", "2*F*K"]
         gate, up = (
-            n.add(
-                f"expert_{half}", "view", both, shape=["F", "K", "M"], strides=strides, offset=offset, when=EXACT_GELU
-            )
+            n.add(f"expert_{half}", "view", both, shape=["F", "K", "M"], strides=strides, offset=offset, when=CPU)
             for half, offset in (("gate", 0), ("up", "F"))
         )
-        act = _exact_geglu(n, "expert_act", gate, up)
-    act = n.add("expert_weighted", "mul", act, weights)
+        act = _cpu_geglu(n, "expert_act", gate, up)
     out = n.add("ffn_down_exps", "mul_mat_id", "ffn_down_exps.weight", act, ids)  # [H, K, M]
-    # ggml has no sum over a middle axis: one view per expert, added up.
-    parts = [
-        n.add(f"expert_{k}", "view", out, shape=["H", "M"], strides=[1, "H*K"], offset=f"{k}*H")
+    product = n.add("experts_product", "out_prod", out, weights, when=CPU)  # [H, 1, M]
+    n.reshape("experts_out", product, "H", "M", when=CPU)
+    # Not every GPU has out_prod: there one view per expert, added up.
+    weighted = n.add("experts_weighted", "mul", out, weights, when=GPU)
+    total, *parts = (
+        n.add(f"expert_{k}", "view", weighted, shape=["H", "M"], strides=[1, "H*K"], offset=f"{k}*H", when=GPU)
         for k in range(config.top_k_experts)
-    ]
-    if len(parts) == 1:
-        return n.add("experts_out", "cont", parts[0])
-    total = parts[0]
-    for k, part in enumerate(parts[1:], 1):
-        total = n.add("experts_out" if k == len(parts) - 1 else f"experts_to_{k}", "add", total, part)
-    return total
+    )
+    for k, part in enumerate(parts, 1):
+        total = n.add(f"experts_to_{k}", "add", total, part, when=GPU)
+    n.add("experts_out", "cont", total, when=GPU) if not parts else n[-1].update(name="experts_out")
+    return "experts_out"
 
 
 def prefill_nodes(config) -> Nodes:
@@ -188,11 +187,14 @@ def denoise_nodes(config) -> Nodes:
     n.add("soft_sum", "mul_mat", "embedding_columns", "sc_shares", when=EXACT)
     ids = n.reshape("soft_ids", "sc_tokens", "X*M", when=TOP_K)
     rows = n.add("soft_rows", "get_rows", "token_embd.weight", ids, when=TOP_K)  # [H, X·M]
-    turned = n.add("soft_turned", "permute", n.reshape("soft_tokens", rows, "H", "X", "M", when=TOP_K),
-                   axes=[1, 0, 2, 3], when=TOP_K)  # fmt: skip
-    columns = n.add("soft_columns", "cont", turned, when=TOP_K)  # [X, H, M]
-    weights = n.reshape("soft_weights", "sc_weights", "X", 1, "M", when=TOP_K)
-    n.reshape("soft_sum", n.add("soft_product", "mul_mat", columns, weights, when=TOP_K), "H", "M", when=TOP_K)
+    tokens = n.reshape("soft_tokens", rows, "H", "X", "M", when=TOP_K)
+    weights = n.reshape("soft_rows_weights", "sc_weights", 1, "X", "M", when=TOP_K | CPU)
+    n.add("soft_product", "out_prod", tokens, weights, when=TOP_K | CPU)  # [H, 1, M]
+    turned = n.add("soft_turned", "permute", tokens, axes=[1, 0, 2, 3], when=TOP_K | GPU)
+    columns = n.add("soft_columns", "cont", turned, when=TOP_K | GPU)  # [X, H, M]
+    weights = n.reshape("soft_weights", "sc_weights", "X", 1, "M", when=TOP_K | GPU)
+    n.add("soft_product", "mul_mat", columns, weights, when=TOP_K | GPU)  # [H, 1, M]
+    n.reshape("soft_sum", "soft_product", "H", "M", when=TOP_K)
     soft = n.add("soft_embedding", "scale", "soft_sum", factor=config.hidden_size**0.5)
     x = n.norm("self_cond_pre_norm", soft)
     act = _geglu(n, "self_cond_act", n.linear("self_cond_gate", x), n.linear("self_cond_up", x))
@@ -201,8 +203,12 @@ def denoise_nodes(config) -> Nodes:
     hidden = n.norm("output_norm", "layers_out")
     cap = config.final_logit_softcapping
     capped = n.add("hidden_capped", "scale", hidden, factor=1.0 / cap)
-    tanh = n.add("logits_tanh", "tanh", n.add("logits_raw", "mul_mat", "token_embd.weight", capped))
-    n.add("logits", "scale", tanh, factor=cap)
+    raw = n.add("logits_raw", "mul_mat", "token_embd.weight", capped)
+    n.add("logits", "scale", n.add("logits_tanh", "tanh", raw, when=GPU), factor=cap, when=GPU)
+    # tanh runs on one thread of ggml's CPU, silu on all: tanh(y) = 2 silu(z) / z - 1 with z = 2 y, kept off 0.
+    double = n.add("logits_double", "scale", raw, factor=2.0, bias=1e-20, when=CPU)
+    ratio = n.add("logits_ratio", "div", n.add("logits_silu", "silu", double, when=CPU), double, when=CPU)
+    n.add("logits", "scale", ratio, factor=2 * cap, bias=-cap, when=CPU)
     return n
 
 
@@ -221,7 +227,9 @@ def sample_nodes(config) -> Nodes:
     change = n.add(
         "change", "mul", n.reshape("accepted_row", "accepted", 1, "M"), n.add("gain", "sub", sampled, "renoise")
     )
-    tokens = n.add("next_tokens", "cast", n.add("next_floats", "add", "renoise", change), type="i32")
+    # The clamp changes nothing, and shows that these ids are within the vocabulary where denoise looks them up.
+    within = n.add("next_bounded", "clamp", n.add("next_floats", "add", "renoise", change), min=0.0, max=V - 1.0)
+    tokens = n.add("next_tokens", "cast", within, type="i32")
     n.add("next_canvas", "cpy", n.reshape("next_row", tokens, "M"), "canvas")
     n.add("sc_shares_next", "cpy", shares, "sc_shares", when=EXACT)
     top = n.add("sc_top", "top_k", shares, k="X", when=TOP_K)

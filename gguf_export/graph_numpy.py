@@ -152,6 +152,7 @@ COMPUTE: dict[str, Callable[..., np.ndarray]] = {
     "set_rows": _set_rows,
     "mul_mat": _mul_mat,
     "mul_mat_id": _mul_mat_id,
+    "out_prod": lambda a, b: np.swapaxes(b, -1, -2) @ a,
     "rms_norm": _rms_norm,
     "add": lambda a, b: a + _tiled(b, a),
     "sub": lambda a, b: a - _tiled(b, a),

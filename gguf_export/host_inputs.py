@@ -9,7 +9,8 @@ import numpy as np
 from mlx_dgemma.errors import DgemmaError
 
 from .description import Graph, Leaf
-from .expressions import evaluate
+from .expressions import evaluate, size
+from .graph_numpy import KINDS
 
 
 def layer_inputs(graph: Graph, padding: np.ndarray) -> dict[str, np.ndarray]:
@@ -21,32 +22,40 @@ def layer_inputs(graph: Graph, padding: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _numbers(leaf: Leaf, names, padding):
-    """One number per token. (M,)"""
+    """One number per token, below what the input says. (M,)"""
     B, T = names["B"], names["T"]
     letters = {**names, "t": np.arange(T)[None], "b": np.arange(B)[:, None], "pad": padding[:, None]}
-    values = np.broadcast_to(_rule(leaf, leaf.about["value"], letters), (B, T))
-    kind = {"i32": np.int32, "i64": np.int64}.get(leaf.spec.type, np.float32)
-    values = values.reshape(-1).astype(kind)
-    if leaf.spec.type == "i64" and not (values >= 0).all():
-        raise DgemmaError(f"description, input {leaf.name}: gives slot {values.min()}, expected 0 or more")
-    return values
+    values = np.broadcast_to(_rule(leaf, leaf.about["value"], letters), (B, T)).reshape(-1)
+    if "below" in leaf.about:
+        # ggml ends the process on an id outside its table.
+        below = evaluate(leaf.about["below"], names)
+        if wrong := values[(values < 0) | (values >= below)].tolist():
+            raise DgemmaError(f"description, input {leaf.name}: gives {wrong[0]}, expected 0 to {below - 1}")
+    return values.astype(KINDS[leaf.spec.type])
 
 
 def _mask(leaf: Leaf, names, padding):
     """0 where a query sees a key, −inf elsewhere. (B, 1, T, S) float16"""
     S, T, _, B = leaf.spec.ne
-    R, P = evaluate(leaf.about["slots"], names), names["P"]
+    R, P = size(leaf.about["slots"], names), names["P"]
     last = P + T - 1
     k = last - (last - np.arange(S)) % R  # the newest token that slot s can hold
     letters = {**names, "k": k[None, None], "q": (P + np.arange(T))[None, :, None], "pad": padding[:, None, None]}
     rules = leaf.about["visible"]
     seen = np.ones((B, T, S), bool)
     for rule in rules["all"]:
-        seen &= _rule(leaf, rule, letters)
+        seen &= _visible(leaf, rule, letters)
     for rule in rules["any"]:
-        seen |= _rule(leaf, rule, letters)
+        seen |= _visible(leaf, rule, letters)
     seen &= k >= 0
     return np.where(seen, np.float16(0), np.float16(-np.inf))[:, None]
+
+
+def _visible(leaf, text, letters):
+    value = _rule(leaf, text, letters)
+    if np.asarray(value).dtype != bool:
+        raise DgemmaError(f"description, input {leaf.name}: rule {text!r} is a number, expected a comparison")
+    return value
 
 
 def _rule(leaf, text, letters):

@@ -13,7 +13,7 @@ from .description import Graph, Leaf
 from .devices import Device
 from .ops import VIEWS, WRITES
 
-SPARE = 1.1  # fragments, and what a device needs for itself
+SPARE = 0.5  # of the compute memory once more: fragments, and what a device's library takes for itself
 # Operations that write over an input that nobody reads afterwards.
 IN_PLACE = (
     "scale", "add", "sub", "mul", "div", "log", "tanh", "silu", "step", "rope", "rms_norm", "soft_max"
@@ -31,6 +31,11 @@ class Memory(NamedTuple):
     def total(self) -> int:
         return sum(self)
 
+    @property
+    def wanted(self) -> int:
+        """What must be free."""
+        return self.total + round(SPARE * self.compute)
+
 
 class Split(NamedTuple):
     """Which layers' weights and prefix are on the device, with all that is no layer's; the CPU has the other layers."""
@@ -46,7 +51,7 @@ class Split(NamedTuple):
 
     def on_device(self, name: str) -> bool:
         parts = name.split(".")
-        return not (parts[0] == "blk" and parts[1].isdigit() and int(parts[1]) < self.first_layer)
+        return not (len(parts) > 1 and parts[0] == "blk" and parts[1].isdecimal() and int(parts[1]) < self.first_layer)
 
 
 def plan(weights: list[Leaf], graph: Graph, split: Split) -> Memory:
@@ -89,31 +94,31 @@ def peak(graph: Graph) -> int:
     return inputs + most
 
 
-def check_fits(weights: list[Leaf], graph: Graph, device: Device, n_layers: int, on_device: int | None) -> None:
-    """Raises DgemmaError that says what is needed, what there is, and how many layers would fit.
+def check_fits(weights: list[Leaf], graphs: list[Graph], device: Device, n_layers: int, on_device: int | None) -> None:
+    """Raises DgemmaError that says what the largest graph needs, what there is, and how many layers would fit.
 
-    On a CPU weights are the file's own pages, which the system reads and drops as it likes; only the rest must fit.
+    Where a device maps them, weights are the file's own pages, which the system reads and drops as it likes; only the
+    rest must fit.
     """
-    split = Split.of(n_layers, on_device)
     if device.total == 0 or on_device == 0:  # nobody says how much there is
         return
-    needs = plan(weights, graph, split)
-    if device.kind == "cpu":
+
+    def needed(layers):
+        return max((plan(weights, graph, Split.of(n_layers, layers)) for graph in graphs), key=lambda m: m.wanted)
+
+    needs = needed(on_device)
+    if device.maps:
         derived = sum(leaf.spec.nbytes for leaf in weights if leaf.kind == "derived")
         needs = needs._replace(weights=derived)
-    if needs.total * SPARE <= device.free:
+    if needs.wanted <= device.free:
         return
-    fits = next((n for n in range(n_layers - 1, 0, -1) if _total(weights, graph, n_layers, n) <= device.free), 0)
+    fits = next((n for n in range(n_layers - 1, 0, -1) if needed(n).wanted <= device.free), 0)
     advice = "choose a smaller recipe, or --device CPU"
     if fits and device.kind != "cpu":
         advice = f"--n-gpu-layers {fits} would fit; or {advice}"
     raise DgemmaError(
-        f"{device.name} has {human_bytes(device.free)} free, expected {human_bytes(needs.total * SPARE)} for "
+        f"{device.name} has {human_bytes(device.free)} free, expected {human_bytes(needs.wanted)} for "
         f"{count(n_layers if on_device is None else min(on_device, n_layers), 'layer')} "
         f"(weights {human_bytes(needs.weights)}, prefix {human_bytes(needs.prefix)}, "
         f"computing {human_bytes(needs.compute)}); {advice}"
     )
-
-
-def _total(weights, graph, n_layers, on_device):
-    return plan(weights, graph, Split.of(n_layers, on_device)).total * SPARE

@@ -18,6 +18,7 @@ from mlx_dgemma.gguf.types import TYPES
 PLAIN = {"f32": 4, "f16": 2, "i32": 4, "i64": 8}  # bytes per element
 WEIGHT_TYPES = tuple(name.lower() for name in TYPES)
 MAX_ELEMENTS = 1 << 40  # of one tensor: 4 TiB in float32, more than any device has
+MAX_AXIS = (1 << 31) - 1  # elements along one axis: ggml counts some in 32 bits
 
 
 class Spec(NamedTuple):
@@ -49,6 +50,7 @@ class Spec(NamedTuple):
 def tensor(type: str, *ne: int) -> Spec:
     """A contiguous tensor."""
     full = (*ne, 1, 1, 1)[:4]
+    require(max(full) <= MAX_AXIS, f"an axis of {max(full)} elements, expected at most {MAX_AXIS}")
     require(math.prod(full) <= MAX_ELEMENTS, f"{math.prod(full)} elements, expected at most {MAX_ELEMENTS}")
     return Spec(type, full, packed(full))
 
@@ -93,8 +95,9 @@ def _f32(*specs):
 
 
 def _packed(*specs):
+    # Stricter than ggml's own test, which forgives any stride of an axis with one element: some kernels use it.
     for s in specs:
-        require(s.contiguous, f"{s} is a strided view, expected a contiguous tensor; put a cont before it")
+        require(s.strides == packed(s.ne), f"{s} is a strided view, expected a contiguous tensor; put a cont before it")
 
 
 def _rows_packed(*specs):
@@ -158,6 +161,13 @@ def _mul_mat_id(experts, b, ids):
     return tensor("f32", experts.ne[1], ids.ne[0], b.ne[2])
 
 
+def _out_prod(a, b):
+    _f32(a, b)
+    _packed(a, b)
+    require(a.ne[1:] == b.ne[1:], f"{a} and {b} differ in rows")
+    return tensor("f32", a.ne[0], b.ne[0], *a.ne[2:])
+
+
 def _rms_norm(a, eps):
     _f32(a)
     _packed(a)
@@ -170,12 +180,13 @@ def _rope(a, positions, factors=None, *, dims, base, style):
     _packed(a)
     require(positions.type == "i32" and positions.ne == (a.ne[2], 1, 1, 1), f"positions {positions} do not fit {a}")
     _packed(positions)
-    require(dims <= a.ne[0] and dims % 2 == 0, f"rotates {dims} of {a.ne[0]}, expected an even number within")
+    require(a.ne[0] % 2 == 0, f"{a} has an odd row, expected pairs")
+    require(2 <= dims <= a.ne[0] and dims % 2 == 0, f"rotates {dims} of {a.ne[0]}, expected an even number within")
     require(base > 0, f"base is {base}, expected a positive number")
     if factors is not None:
         _f32(factors)
         _packed(factors)
-        require(factors.ne[0] >= dims // 2, f"factors {factors}, expected {dims // 2}")
+        require(factors.ne[0] >= a.ne[0] // 2, f"factors {factors}, expected one per pair of {a}")
     return tensor("f32", *a.ne)
 
 
@@ -236,6 +247,8 @@ def _view(a, shape, strides, offset):
     result = Spec(a.type, tensor(a.type, *shape).ne, (*strides, *(strides[-1:] * 4))[:4])
     last = offset + sum((n - 1) * s for n, s in zip(result.ne, result.strides, strict=True))
     require(offset >= 0 and last < a.elements, f"the view's last element is {last}, {a} has {a.elements}")
+    # ggml counts the elements of a view from its offset on, however they overlap.
+    require(offset + result.elements <= a.elements, f"the view has {result.elements} elements, {a} has {a.elements}")
     return result
 
 
@@ -277,7 +290,7 @@ def _repeat(a, shape):
 def _pad(a, right):
     _f32(a)
     _packed(a)
-    require(0 <= right <= MAX_ELEMENTS, f"pads by {right}, expected 0 or more")
+    require(right >= 0, f"pads by {right}, expected 0 or more")
     return tensor("f32", a.ne[0] + right, *a.ne[1:])
 
 
@@ -332,6 +345,7 @@ OPS = {
     "mul_mat": Op(("a", "b"), {"precision?": ("default", "f32")}, _mul_mat,
                   "every row of b times every row of a; a repeats over b's batches"),
     "mul_mat_id": Op(("experts", "b", "ids"), {}, _mul_mat_id, "mul_mat with the matrices that ids choose, per token"),
+    "out_prod": Op(("a", "b"), {}, _out_prod, "the sum over rows r of a's row r times each number of b's row r"),
     "rms_norm": Op(("a",), {"eps": "number"}, _rms_norm, "a / sqrt(mean(a²) + eps), per row"),
     "add": Op(("a", "b"), {}, _binary, "a + b; b repeats"),
     "sub": Op(("a", "b"), {}, _binary, "a − b; b repeats"),

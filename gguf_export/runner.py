@@ -17,15 +17,18 @@ from mlx_dgemma.gguf.model import open_gguf
 from mlx_dgemma.hub import model_path
 from mlx_dgemma.tokenizer import Tokenizer
 
-from .description import Graph, Leaf, Shape, chain, check_form, expand, rounded
+from .description import Graph, Leaf, Shape, chain, rounded
+from .description_form import NEXT, check_form
 from .devices import choose, open_ggml
 from .executor import Executor
+from .expansion import expand
 from .graph import describe_model
 from .graph_check import check_belongs, stored_specs
 from .host_inputs import layer_inputs
 from .memory import Memory, check_fits
 from .quantize import cores
 
+RUN = ("prefill", "denoise+sample")  # the graphs; commit is prefill
 PREFILL_CHUNK = 512  # prompt tokens encoded at once: bounds the memory of attention scores
 
 
@@ -53,12 +56,11 @@ class Prefix:
             self._set_room(max(self.length + tokens, 2 * self.room))
             for name, leaf in old.leaves.items():
                 # A row of the batch keeps its slots; only the room behind them grew.
-                values = old.read(name).reshape(self.rows, -1) if leaf.spec.ne[1] == old_room else old.read(name)
-                new = np.zeros(self.state.leaves[name].spec.ne[::-1], values.dtype)
-                if leaf.spec.ne[1] == old_room:
-                    new.reshape(self.rows, -1)[:, : values.shape[1]] = values
-                else:
-                    new[...] = values
+                values, ne = old.read(name), self.state.leaves[name].spec.ne
+                if ne != leaf.spec.ne and (leaf.spec.ne[1] != old_room or ne != (ne[0], self.room, *leaf.spec.ne[2:])):
+                    raise DgemmaError(f"description: {name} grows from {leaf.spec}, expected slots as its second axis")
+                new = np.zeros(ne[::-1], values.dtype)
+                new[:, :, : values.shape[2]] = values
                 self.state.write(name, new)
             old.close()
 
@@ -79,8 +81,8 @@ class Runner:
 
     gguf_path: a file, a folder that holds one, or owner/name/FILE.gguf of the hub. device: "auto", or a name that
     `python -m gguf_export devices` prints. attention: "flash" (default), or "exact" for mul_mat and soft_max.
-    self_conditioning: "top-k" (default), or "exact", which takes a table of V × H on the device. gelu: "fused" (default
-    on GPUs), or "exact". cache_type: "f16" or "f32", by default f32 for a file of f32.
+    self_conditioning: "top-k" (default), or "exact", which takes a table of V × H on the device. form: "gpu" or "cpu",
+    operations that suit the device (default). cache_type: "f16" or "f32", by default f32 for a file of f32.
     n_gpu_layers: layers on the device, the last ones; the CPU has the others.
     description: one that was read with `read_description`; made from the file by default.
     Raises DgemmaError for a file that is not the whole model, a description of another, an unknown device, too little
@@ -94,7 +96,7 @@ class Runner:
         *,
         attention: str | None = None,
         self_conditioning: str | None = None,
-        gelu: str | None = None,
+        form: str | None = None,
         cache_type: str | None = None,
         n_gpu_layers: int | None = None,
         threads: int | None = None,
@@ -119,10 +121,10 @@ class Runner:
             library = open_ggml()
             chosen = choose(library, device)
         self.options = self._options(
-            on_cpu=chosen is None or chosen.kind == "cpu",
+            on_cpu=chosen is None or chosen.kind == "cpu" or n_gpu_layers == 0,
             attention=attention,
             self_conditioning=self_conditioning,
-            gelu=gelu,
+            form=form,
             cache_type=cache_type,
         )
         self.stored = stored_specs(self.model.file)
@@ -130,8 +132,8 @@ class Runner:
         self._graphs: dict[tuple, Graph] = {}
         weights = self._weights()  # before anything is allocated: a wrong description ends here
         if executor is None:
-            graph = self.graph("denoise+sample", Shape(1, 1, 0, self.slots_sliding, rounded(self.config.canvas_length)))
-            check_fits(weights, graph, chosen, self.config.num_hidden_layers, n_gpu_layers)
+            graphs = [self.graph(phase, self._smallest()) for phase in RUN]
+            check_fits(weights, graphs, chosen, self.config.num_hidden_layers, n_gpu_layers)
             executor = Executor(library, self.model, chosen, n_gpu_layers, threads or cores())
         self.executor = executor
         self.executor.load(weights)
@@ -143,7 +145,7 @@ class Runner:
         options = {
             "attention": "flash",
             "self_conditioning": "top-k",
-            "gelu": "exact" if on_cpu else "fused",  # GPUs compute what ggml's CPU looks up in a float16 table
+            "form": "cpu" if on_cpu else "gpu",
             "cache_type": floats,
             "table_type": floats,
         } | {name: value for name, value in given.items() if value is not None}
@@ -256,19 +258,22 @@ class Runner:
 
     def persistent(self, shape: Shape) -> list[Leaf]:
         """What a batch of this shape keeps between graphs."""
-        found = {}
-        for phase in ("prefill", "denoise+sample"):
-            graph = self.graph(phase, shape)
-            found |= {name: leaf for name, leaf in graph.leaves.items() if leaf.kind == "persistent"}
-        return list(found.values())
+        return [leaf for leaf in self._stored(shape) if leaf.kind == "persistent"]
 
     def _weights(self):
-        shape = Shape(1, 1, 0, self.slots_sliding, rounded(self.config.canvas_length))
+        return [leaf for leaf in self._stored(self._smallest()) if leaf.kind in ("weight", "derived")]
+
+    def _smallest(self):
+        return Shape(1, 1, 0, self.slots_sliding, rounded(self.config.canvas_length))
+
+    def _stored(self, shape):
+        """What the graphs read and no host fills in: one leaf for each name."""
         found = {}
-        for phase in ("prefill", "denoise+sample"):
-            leaves = self.graph(phase, shape).leaves
-            found |= {name: leaf for name, leaf in leaves.items() if leaf.kind in ("weight", "derived")}
-        return list(found.values())
+        for phase in RUN:
+            for name, leaf in self.graph(phase, shape).leaves.items():
+                if leaf.kind != "input" and found.setdefault(name, leaf) != leaf:
+                    raise DgemmaError(f"description: {name} differs between phases, expected one tensor; {NEXT}")
+        return found.values()
 
     def _believe(self, logits, cache):
         """Store what a step with these processed logits would have stored. (B, C, V)"""

@@ -150,7 +150,7 @@ def read_json(path: Path, what: str = "model") -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DgemmaError(f"{path}: not found; expected {folder}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers too long, brackets too deep
         raise DgemmaError(f"{path}: not valid JSON ({error}); {mend}") from None
     except OSError as error:
         raise DgemmaError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None

@@ -9,6 +9,12 @@ from tests.tiny import make_tiny_checkpoint
 mx.set_default_device(mx.cpu)
 
 
+@pytest.fixture(autouse=True)
+def one_ggml_thread(monkeypatch):
+    """ggml's threads wait for each other by spinning: two test processes with two each would only spin."""
+    monkeypatch.setattr("gguf_export.runner.cores", lambda: 1)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A float32 checkpoint folder in the Hugging Face layout."""

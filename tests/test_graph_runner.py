@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import mlx_dgemma
+from demo import evaluate
 from demo.tasks import TASKS, held_out
 from gguf_export import Runner
-from gguf_export.description import Shape, expand
+from gguf_export.description import Shape
 from gguf_export.engine import make_session
+from gguf_export.expansion import expand
 from gguf_export.graph_check import stored_specs
 from gguf_export.graph_numpy import first_difference
 from gguf_export.host_inputs import layer_inputs
@@ -94,9 +96,9 @@ def test_top_k_of_the_whole_vocabulary_is_exact(path, engine):
     assert difference(*logits) < 1e-4
 
 
-def test_fused_gelu_is_ggmls_table(path):
+def test_the_gpus_form_uses_ggmls_gelu_table_on_a_cpu(path):
     golden = np.load(GOLDEN / "logits_short.npz")
-    runner = runner_of(path, gelu="fused")
+    runner = runner_of(path, form="gpu")
     cache = runner.make_cache()
     runner.encode(golden["prompt"], cache)
     assert 1e-5 < difference(runner.denoise(golden["canvas"], cache), golden["first"]) < 5e-3
@@ -264,6 +266,17 @@ def test_one_seed_one_text_behind_both_doors(demo_file):
         assert got.stats.steps == want.stats.steps
 
 
+def test_the_judge_takes_ggml(demo_file, capsys):
+    evaluate.main(
+        ["--engine", "ggml", "--model", str(demo_file), "--device", "CPU", "--task", "sudoku", "--n", "3", "--json"]
+    )
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"][0]
+    assert row["right"] == row["n"] == 3
+    with pytest.raises(SystemExit):
+        evaluate.main(["--engine", "mlx", "--device", "CPU"])
+    assert "--device is for --engine ggml" in capsys.readouterr().err
+
+
 def test_a_chat_keeps_its_prefix(path):
     runner = runner_of(path)
     tokenizer, settings = runner.tokenizer(), runner.generation_config
@@ -352,19 +365,19 @@ def test_a_wrong_option_is_said(path, options, message):
 def test_too_little_memory_says_what_would_fit(path, monkeypatch):
     import gguf_export.runner as module
     from gguf_export.devices import Device
-    from gguf_export.memory import SPARE, Split, plan
+    from gguf_export.memory import Split, plan
 
-    runner = runner_of(path)
+    runner = runner_of(path, form="gpu")
     graph = runner.graph("denoise+sample", Shape(1, 1, 0, runner.slots_sliding, 256))
-    three = int(plan(runner._weights(), graph, Split.of(6, 3)).total * SPARE) + 1
-    small = Device("GPU0", "gpu", "a small one", three, three, 0)
+    three = plan(runner._weights(), graph, Split.of(6, 3)).wanted
+    small = Device("GPU0", "gpu", "a small one", three, three, False, 0)
     monkeypatch.setattr(module, "choose", lambda library, device: small)
     with pytest.raises(DgemmaError, match=r"GPU0 has .* free, expected .* \(weights .*--n-gpu-layers 3 would fit"):
         Runner(path, "GPU0")
     monkeypatch.setattr(module, "choose", lambda library, device: small._replace(free=1_000))
     with pytest.raises(DgemmaError, match="GPU0 has 1.00 kB free.*; choose a smaller recipe, or --device CPU"):
         Runner(path, "GPU0")
-    monkeypatch.setattr(module, "choose", lambda library, device: Device("CPU", "cpu", "", 1_000, 1_000, 0))
+    monkeypatch.setattr(module, "choose", lambda library, device: Device("CPU", "cpu", "", 1_000, 1_000, True, 0))
     with pytest.raises(DgemmaError, match="CPU has 1.00 kB free"):
         Runner(path, "CPU")
 

@@ -37,8 +37,8 @@ MODEL = {
 TOP_K = 32
 ROWS, PROMPT, PADDING = 2, 20, [0, 3]
 CASES = {
-    "top-k": {"attention": "flash", "self_conditioning": "top-k", "gelu": "exact", "cache_type": "f32"},
-    "exact": {"attention": "exact", "self_conditioning": "exact", "gelu": "exact", "cache_type": "f32"},
+    "top-k": {"attention": "flash", "self_conditioning": "top-k", "form": "cpu", "cache_type": "f32"},
+    "exact": {"attention": "exact", "self_conditioning": "exact", "form": "cpu", "cache_type": "f32"},
 }
 STEPS = [(0.8, 2.0), (0.6, 2.0)]  # temperature, entropy bound
 RECIPE = {
@@ -48,7 +48,7 @@ RECIPE = {
     "shapes": "slowest axis first; row after row of the batch. in.canvas is written before denoise.0 and denoise.next",
     "beliefs": "zero before denoise.0 and denoise.next; what sample wrote before denoise.1",
     "atol": {"hidden, logits": 1e-3, "entropy": 1e-4, "draft, accepted, next_canvas": 0},
-    "atol_why": 'ggml\'s CPU stays within 1e-5 of these; with gelu "fused" its float16 table costs about 2e-3',
+    "atol_why": 'ggml\'s CPU stays within 1e-5 of these; with form "gpu" its float16 table costs about 2e-3',
     "cases": CASES,
     "padding": PADDING,
     "steps": STEPS,
