@@ -33,6 +33,7 @@ check: .venv/.dev
 
 bench: .venv/.base
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.ggml_step
 
 clean:
 	rm -rf .venv build

@@ -47,6 +47,11 @@ class Graph(NamedTuple):
     def writes(self) -> tuple[str, ...]:
         return tuple(node.name for node in self.nodes if node.op in WRITES)
 
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What a whole run of it computes: outputs, and what is written."""
+        return tuple(dict.fromkeys((*self.outputs, *self.writes)))
+
     def wanted(self, targets) -> tuple[Node, ...]:
         """The nodes that `targets` need, in order."""
         needed, kept = set(targets), []

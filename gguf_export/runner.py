@@ -236,7 +236,7 @@ class Runner:
             "uniforms": np.asarray(uniforms, np.float32),
             "renoise": self._tokens(renoise, cache).astype(np.float32),
         }
-        targets = tuple(dict.fromkeys((*graph.outputs, *graph.writes)))
+        targets = graph.targets
         out = self.executor.compute(cache.state, graph, inputs, targets)
         return {name: out[name].reshape(cache.rows, -1) for name in graph.outputs}
 
