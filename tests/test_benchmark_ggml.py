@@ -58,7 +58,8 @@ def test_the_floor_counts_each_product_and_each_weight_once(tmp_path):
 
     attention = H * N * D + H * G * D + N * D * H
     experts = 2 * (H * 2 * F + F * H)
-    weights = attention + 3 * H * c.intermediate_size + experts + H * 2 + 3 * H * c.intermediate_size + 2 * V * H
+    dense, router, embedding = 3 * H * c.intermediate_size, H * 2, 2 * V * H
+    weights = attention + 2 * dense + experts + router + embedding  # self-conditioning is a dense MLP too
     assert found["flop"] == 2 * C * weights + 4 * D * N * C * C  # a canvas sees itself
 
     stored = sum(leaf.spec.nbytes for leaf in runner._weights())
