@@ -47,7 +47,7 @@ def test_the_command_prints_every_phase_and_operation(path):
 
 
 def test_the_floor_counts_each_product_and_each_weight_once(tmp_path):
-    """One full layer, whose values are its keys, all experts chosen, an empty prefix: few enough terms to count by hand."""
+    """One full layer, whose values are its keys, all experts chosen, an empty prefix: terms to count by hand."""
     one = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_experts": 2, "top_k_experts": 2}
     made = make_tiny_gguf(tmp_path / "one.gguf", **one)
     runner = Runner(made, "CPU", executor=NumpyExecutor(open_gguf(made)), form="gpu", self_conditioning="exact")
