@@ -31,7 +31,7 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: .venv/.base
+bench: .venv/.dev
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.ggml_step
 

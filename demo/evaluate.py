@@ -10,11 +10,14 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from demo.tasks import TASKS, check, held_out
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.events import BlockDone, Done
+
+CHECKPOINT = "demo/checkpoint"
 
 
 class Answer(NamedTuple):
@@ -72,8 +75,19 @@ def ggml_engine(path, device="auto", self_conditioning=None, **settings):
     from gguf_export import Runner
     from gguf_export.engine import make_session
 
-    runner = Runner(path, device, self_conditioning=self_conditioning)
+    runner = Runner(path if path != CHECKPOINT else demo_gguf(), device, self_conditioning=self_conditioning)
     return session_engine(make_session(runner, runner.tokenizer()), runner.generation_config.replace(**settings))
+
+
+def demo_gguf():
+    """The bundled checkpoint as F32, made once."""
+    from convert import convert
+
+    out = Path("build/demo-F32.gguf")
+    if not out.exists():
+        out.parent.mkdir(exist_ok=True)
+        convert(CHECKPOINT, out, to="gguf", recipe="F32")
+    return out
 
 
 def session_engine(session, config):
@@ -109,13 +123,18 @@ def wilson(right, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def evaluate(engine, task, n=300, seed=0, batch=50, show_failures=0):
-    """One row of the table, as a dict. Instances are those of held_out(task, n, seed)."""
+def evaluate(engine, task, n=300, seed=0, batch=50, show_failures=0, against=None):
+    """One row of the table, as a dict. Instances are those of held_out(task, n, seed).
+
+    against: another engine; `same` counts the answers in which it gives the same text after as many steps.
+    """
     chosen = held_out(task, n, seed)
-    answers, began = [], time.perf_counter()
+    answers, others, began = [], [], time.perf_counter()
     for start in range(0, n, batch):
         rows = range(start, min(start + batch, n))
-        answers += engine([chosen[row].prompt for row in rows], list(rows), seed)
+        prompts = [chosen[row].prompt for row in rows]
+        answers += engine(prompts, list(rows), seed)
+        others += against(prompts, list(rows), seed) if against else []
         if sys.stderr.isatty():
             print(f"{task} {len(answers)}/{n}", end="\r", file=sys.stderr)
     seconds = time.perf_counter() - began
@@ -126,7 +145,8 @@ def evaluate(engine, task, n=300, seed=0, batch=50, show_failures=0):
     right, (low, high) = sum(verdicts), wilson(sum(verdicts), n)
     steps, blocks, tokens = (sum(getattr(a, field) for a in answers) for field in ("steps", "blocks", "tokens"))
     several = [right for right, answer in zip(verdicts, answers, strict=True) if answer.blocks > 1]
-    return {
+    same = {"same": sum(a == b for a, b in zip(answers, others, strict=True))} if against else {}
+    return same | {
         "task": task, "n": n, "right": right, "rate": right / n, "low": low, "high": high,
         "steps_per_block": steps / blocks, "tpf": tokens / steps,
         "several_blocks": len(several), "several_blocks_right": sum(several), "seconds": round(seconds, 1),
@@ -136,14 +156,13 @@ def evaluate(engine, task, n=300, seed=0, batch=50, show_failures=0):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--engine", choices=ENGINES, default="mlx")
-    parser.add_argument(
-        "--model", default="demo/checkpoint", help="checkpoint folder (default: the bundled one) or GGUF"
-    )
+    parser.add_argument("--model", default=CHECKPOINT, help="checkpoint folder (default: the bundled one) or GGUF")
     parser.add_argument(
         "--dequantize", action="store_true", help="mlx: float32 arithmetic on the same weights, faster on a CPU"
     )
     parser.add_argument("--device", help="ggml: a name that `python -m gguf_export devices` prints")
     parser.add_argument("--self-conditioning", choices=("top-k", "exact"), help="ggml: see `python -m gguf_export run`")
+    parser.add_argument("--against", metavar="MODEL", help="also answer with this one on MLX; count the same answers")
     parser.add_argument("--task", choices=TASKS, action="append", help="may be repeated; default: all")
     parser.add_argument("--n", type=int, default=300, help="instances per task (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the instances and the noise")
@@ -156,6 +175,7 @@ def main(arguments=None):
 
     try:
         engine = ENGINES[args.engine](args.model, **_engine_options(parser, args))
+        against = mlx_engine(args.against, args.dequantize) if args.against else None
     except (DgemmaError, OSError) as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
@@ -163,15 +183,16 @@ def main(arguments=None):
     table = []
     print(
         f"{'task':16}{'n':>5}{'right':>8}  {'95 % interval':15}{'steps/block':>12}{'TPF':>7}  right, of several blocks"
+        + ("   same as --against" if against else "")
     )
     for task in args.task or TASKS:
-        row = evaluate(engine, task, args.n, args.seed, args.batch, args.show_failures)
+        row = evaluate(engine, task, args.n, args.seed, args.batch, args.show_failures, against)
         table.append(row)
         interval = f"{row['low']:.1%}..{row['high']:.1%}"
         several = f"{row['several_blocks_right']}/{row['several_blocks']}"
         print(
             f"{task:16}{row['n']:>5}{row['rate']:>8.1%}  {interval:15}"
-            f"{row['steps_per_block']:>12.1f}{row['tpf']:>7.1f}  {several}",
+            f"{row['steps_per_block']:>12.1f}{row['tpf']:>7.1f}  {several}" + (f"{row['same']:>15}" if against else ""),
             flush=True,
         )
     if args.json:

@@ -1,40 +1,48 @@
 """`python -m gguf_export check`: one description, one file, maybe one device, as facts and as text."""
 
-from pathlib import Path
-
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.gguf.model import open_gguf
 from mlx_dgemma.units import count, human_bytes
 
+from .choices import chosen_options
 from .description import Graph, Shape, chain, read_description, rounded
 from .expansion import expand
 from .graph import describe_model
 from .graph_check import check, fallbacks, stored_specs
 from .memory import Split, plan
+from .text import write_text
 
 
 def report(
-    path: str, description: str | None = None, device: str | None = None, prefix: int = 4096, ops: str | None = None
+    path: str,
+    description: str | None = None,
+    device: str | None = None,
+    prefix: int | None = None,
+    ops: str | None = None,
+    **given: str | None,
 ) -> dict:
     """Everything `check` says, as a dictionary. Raises DgemmaError for the first thing wrong.
 
-    prefix: tokens before the canvas, for memory and device. ops: a file to write the operations into.
+    prefix: tokens before the canvas, for memory and device; by default 4096, or what the context allows. ops: a file to
+    write the operations into. given: options as Runner takes them; the rest are what `run` would choose.
     """
     model = open_gguf(path)
     found = read_description(description) if description else describe_model(model)
     checked = check(found, model)
-    if prefix < 0:
-        raise DgemmaError(f"--prefix is {prefix}, expected 0 or more")
+    longest = model.config.max_position_embeddings - model.config.canvas_length
+    prefix = min(4096, longest) if prefix is None else prefix
+    if not 0 <= prefix <= longest:
+        raise DgemmaError(f"--prefix is {prefix}, expected 0 to {longest}: context less canvas")
     C, W = model.config.canvas_length, model.config.sliding_window
     shape = Shape(1, 512, prefix, rounded(W - 1 + max(C, 512)), rounded(prefix + max(C, 512)))
     types = stored_specs(model.file)
-    options = {
-        "attention": "flash",
-        "self_conditioning": "top-k",
-        "form": "gpu",
-        "cache_type": "f16",
-        "table_type": "f16",
-    }
+    library = chosen = None
+    if device or ops:
+        from .devices import choose, open_ggml
+
+        library = open_ggml()
+        chosen = choose(library, device) if device else None
+    options = chosen_options(found, model, on_cpu=chosen is not None and chosen.kind == "cpu", **given)
 
     def graphs(**changes) -> list[Graph]:
         def make(phase):
@@ -52,24 +60,18 @@ def report(
         "combinations": checked.combinations,
         "weights": checked.weights,
         "prefix": prefix,
+        "options": options,
         "memory": {kind: _memory(graphs(self_conditioning=kind)) for kind in ("top-k", "exact")},
     }
-    if device or ops:
-        from .devices import choose, open_ggml
+    if chosen:
+        rows = [row._asdict() for graph in graphs() for row in fallbacks(library, chosen, graph)]
+        result |= {"device": chosen.name, "fallbacks": rows}
+    if ops:
+        from .op_tests import op_lines
 
-        library = open_ggml()
-        if device:
-            chosen = choose(library, device)
-            if chosen.kind == "cpu":
-                options["form"] = "cpu"
-            rows = [row._asdict() for graph in graphs() for row in fallbacks(library, chosen, graph)]
-            result |= {"device": chosen.name, "fallbacks": rows}
-        if ops:
-            from .op_tests import op_lines
-
-            lines = op_lines(library, [*graphs(), *graphs(attention="exact", self_conditioning="exact", form="cpu")])
-            _write(ops, "\n".join(lines) + "\n")
-            result |= {"ops": len(lines), "ops_file": ops}
+        lines = op_lines(library, [*graphs(), *graphs(attention="exact", self_conditioning="exact", form="cpu")])
+        write_text(ops, "\n".join(lines) + "\n")
+        result |= {"ops": len(lines), "ops_file": ops}
     return result
 
 
@@ -78,13 +80,6 @@ def _memory(graphs):
     weights = {n: x for g in graphs for n, x in g.leaves.items() if x.kind in ("weight", "derived")}
     plans = [plan(list(weights.values()), graph, Split(0)) for graph in graphs]
     return plans[1]._replace(compute=max(p.compute for p in plans))._asdict()
-
-
-def _write(path, text):
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DgemmaError(f"{path}: cannot be written ({error.strerror}); check the path") from None
 
 
 def as_text(result: dict) -> str:
@@ -97,6 +92,7 @@ def as_text(result: dict) -> str:
         f"shapes         agree in all {result['combinations']} combinations of phase, options and sizes",
         f"weights        all {result['weights']} are used",
     ]
+    lines.append("options        " + ", ".join(f"{name} {value}" for name, value in result["options"].items()))
     for kind, m in result["memory"].items():
         total = human_bytes(sum(m.values()))
         parts = ", ".join(f"{name} {human_bytes(n)}" for name, n in m.items())

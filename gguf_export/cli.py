@@ -6,12 +6,9 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 1 a bad input (one
 
 import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
-from mlx_dgemma.cli import Loaded, add_options, check_options, generate
-from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.cli import Loaded, add_options, check_options, generate, guarded
 from mlx_dgemma.quality import error_table
 from mlx_dgemma.units import human_bytes
 
@@ -19,23 +16,14 @@ from mlx_dgemma.units import human_bytes
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. Ctrl-C passes through, to __main__.py."""
     options = _parser().parse_args(argv)
-    try:
-        code = options.run(options)
-        sys.stdout.flush()  # so that a reader who left is noticed here
-        return code
-    except DgemmaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of stdout went away, as in `… | head`: nobody is left to answer
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return guarded(lambda: options.run(options))
 
 
 def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m gguf_export", description="Look into a GGUF file, describe its graph, run it on ggml."
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     for add in (_add_info, _add_describe, _add_check, _add_draw, _add_run, _add_devices):
         add(commands)
     return parser
@@ -117,8 +105,9 @@ def _add_describe(commands):
 
 
 def _describe(options):
-    from .description import as_text, write_description
+    from .description import write_description
     from .graph import TOP_K_TOKENS, describe
+    from .text import as_text
 
     description = describe(options.file, TOP_K_TOKENS if options.top_k is None else options.top_k)
     if options.out:
@@ -134,7 +123,9 @@ def _add_run(commands):
         help="answer a prompt on ggml",
         description="Answer a prompt with DiffusionGemma on stock ggml: the text that mlx_dgemma.generate writes.",
     )
-    parser.add_argument("--model", required=True, help="a DiffusionGemma GGUF, or owner/name/FILE.gguf of the hub")
+    parser.add_argument(
+        "-m", "--model", required=True, help="a DiffusionGemma GGUF, or owner/name/FILE.gguf of the hub"
+    )
     add_options(parser)
     add_runner_options(parser)
     parser.set_defaults(run=_run, check=lambda options: check_options(parser, options))
@@ -144,17 +135,31 @@ def add_runner_options(parser):
     """What gguf_export.Runner takes; benchmarks use it too."""
     add = parser.add_argument
     add("--device", default="auto", help="a name that `devices` prints (default: the first GPU, else the CPU)")
-    add("--n-gpu-layers", type=int, metavar="N", help="layers on the device, the last ones (default: all)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: one per core)")
+    add("-ngl", "--n-gpu-layers", type=int, metavar="N", help="layers on the device, the last ones (default: all)")
+    add("-t", "--threads", type=int, metavar="N", help="CPU threads (default: one per core; fewer on a busy machine)")
+    add("--description", metavar="FILE", help="a graph description (default: made from the model)")
+    add_graph_options(parser)
+
+
+GRAPH_OPTIONS = ("attention", "self_conditioning", "form", "cache_type")
+
+
+def add_graph_options(parser):
+    """The options of a graph description that a user may choose."""
+    add = parser.add_argument
     add(
         "--self-conditioning",
         choices=("top-k", "exact"),
-        help="read the likeliest tokens of the step before (default), or all, which takes a table of its own",
+        help="read the likeliest tokens of the step before, or all, which takes a table of V × H (default: top-k, but "
+        "exact for a small vocabulary)",
     )
     add("--attention", choices=("flash", "exact"), help="fused (default), or mul_mat and soft_max")
     add("--form", choices=("gpu", "cpu"), help="operations that suit one or the other (default: what the device is)")
     add("--cache-type", choices=("f16", "f32"), help="keys and values (default: f32 for a file of f32, else f16)")
-    add("--description", metavar="FILE", help="a graph description (default: made from the model)")
+
+
+def _graph_options(options):
+    return {name: getattr(options, name) for name in GRAPH_OPTIONS}
 
 
 def open_runner(options):
@@ -165,10 +170,7 @@ def open_runner(options):
     return Runner(
         options.model,
         options.device,
-        attention=options.attention,
-        form=options.form,
-        self_conditioning=options.self_conditioning,
-        cache_type=options.cache_type,
+        **_graph_options(options),
         n_gpu_layers=options.n_gpu_layers,
         threads=options.threads,
         description=read_description(options.description) if options.description else None,
@@ -200,8 +202,11 @@ def _add_check(commands):
     parser.add_argument("file", metavar="FILE", help="a DiffusionGemma GGUF")
     parser.add_argument("description", metavar="DESCRIPTION", nargs="?", help="default: the one made from FILE")
     parser.add_argument("--device", metavar="D", help="also check what this device supports")
-    parser.add_argument("--prefix", type=int, default=4096, metavar="N", help="tokens in the prefix (default: 4096)")
+    parser.add_argument(
+        "--prefix", type=int, metavar="N", help="tokens in the prefix (default: 4096, or what the context allows)"
+    )
     parser.add_argument("--export-ops", metavar="OUT", help="write the operations for llama.cpp's test-backend-ops")
+    add_graph_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.set_defaults(run=_check)
 
@@ -209,7 +214,8 @@ def _add_check(commands):
 def _check(options):
     from .check_report import as_text, report
 
-    result = report(options.file, options.description, options.device, options.prefix, options.export_ops)
+    given = _graph_options(options)
+    result = report(options.file, options.description, options.device, options.prefix, options.export_ops, **given)
     print(json.dumps(result) if options.json else as_text(result))
     return 0
 
@@ -233,12 +239,13 @@ def _draw(options):
     from .description import read_description
     from .draw import draw
     from .graph import describe
+    from .text import write_text
 
     chosen = {name: value for name, _, value in (option.partition("=") for option in options.option)}
     is_description = options.file.endswith(".json")
     svg = draw(read_description(options.file) if is_description else describe(options.file), options.what, chosen)
     if options.out:
-        Path(options.out).write_text(svg, encoding="utf-8")
+        write_text(options.out, svg)
     else:
         print(svg, end="")
     return 0

@@ -4,7 +4,6 @@ Shapes   `ne` order; see ops.Spec
 Source   docs/formats.md, "Graph description"
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from mlx_dgemma.errors import DgemmaError
 from .description_form import GIVEN, NEXT, check_form
 from .graph import KEYS_MULTIPLE
 from .ops import WRITES, Spec
+from .text import as_text, write_text
 
 
 class Node(NamedTuple):
@@ -107,20 +107,5 @@ def read_description(path: str | Path) -> dict:
 
 
 def write_description(description: dict, path: str | Path) -> None:
-    """One node per line, so that people and diffs can read it."""
-    Path(path).write_text(as_text(description), encoding="utf-8")
-
-
-def as_text(value, indent: int = 0, flat_from: int = 4) -> str:
-    """JSON with a line per entry; deeper than `flat_from` levels, or short enough, stays on its line."""
-    flat = json.dumps(value, ensure_ascii=False)
-    if not isinstance(value, dict | list) or not value or len(flat) <= 100 - 2 * indent or indent >= flat_from:
-        return flat + ("\n" if indent == 0 else "")
-    pad, end = "  " * (indent + 1), "  " * indent
-    if isinstance(value, dict):
-        items = [f"{json.dumps(k)}: {as_text(v, indent + 1, flat_from)}" for k, v in value.items()]
-        opening, closing = "{", "}"
-    else:
-        items, (opening, closing) = [as_text(v, indent + 1, flat_from) for v in value], "[]"
-    text = opening + "\n" + ",\n".join(pad + item for item in items) + "\n" + end + closing
-    return text + ("\n" if indent == 0 else "")
+    """One node per line, so that people and diffs can read it. Raises DgemmaError."""
+    write_text(path, as_text(description))

@@ -5,9 +5,11 @@ Source   docs/formats.md, "Graph description"
 A description is somebody's JSON. Here are the types of all that a reader touches, and what every host gives and takes.
 """
 
+import re
+
 from mlx_dgemma.errors import DgemmaError
 
-from .graph import FORMAT, MAJOR, OPTIONS
+from .graph import ARCHITECTURE, FORMAT, MAJOR, OPTIONS
 from .ops import OPS, PLAIN
 
 MAX_LAYERS, MAX_NODES, MAX_DEPTH = 1_000, 100_000, 20
@@ -43,7 +45,7 @@ def check_form(description: dict, where: str = "description") -> dict:
     form = description.get("format") if isinstance(description, dict) else description
     if not isinstance(form, dict) or form.get("name") != FORMAT:
         raise DgemmaError(f'{where}: format is {str(form)[:80]}, expected {{"name": "{FORMAT}"}}; {NEXT}')
-    if form.get("major") != MAJOR:
+    if type(form.get("major")) is not int or form["major"] != MAJOR:
         raise DgemmaError(
             f"{where}: format version {form.get('major')}.{form.get('minor')}, this reader knows {MAJOR}.x; "
             "update dgemma, or " + NEXT
@@ -75,6 +77,10 @@ class _Form:
         for section in ("model", "dims", "options", "weight_types", "weights", "derived", "persistent", "templates"):
             self.get(d, section, dict, "the description")
         self.get(d["model"], "fingerprint", str, "model")
+        if d["model"].get("architecture") != ARCHITECTURE:
+            self.fail(f"model has architecture {str(d['model'].get('architecture'))[:60]!r}, expected {ARCHITECTURE!r}")
+        if not re.fullmatch(r"\d{1,9}(\.\d{1,9}){1,2}", self.get(d, "ggml_min", str, "the description")):
+            self.fail(f"ggml_min is {d['ggml_min'][:60]!r}, expected a version such as 0.25")
         for name, value in d["dims"].items():
             if type(value) is not int or not 0 < value < 1 << 32:
                 self.fail(f"dims has {name} = {str(value)[:60]}, expected a whole number from 1")

@@ -4,11 +4,12 @@ Source   ggml-backend.h
 """
 
 import ctypes
+import re
 from typing import NamedTuple
 
 from mlx_dgemma.errors import DgemmaError
 
-from .ggml import DeviceProps, Ggml, need_ggml
+from .ggml import ADVICE, DeviceProps, Ggml, need_ggml
 
 KINDS = {0: "cpu", 1: "gpu", 2: "integrated gpu", 3: "accelerator", 4: "several"}
 GPUS = ("gpu", "integrated gpu")
@@ -31,6 +32,17 @@ def open_ggml() -> Ggml:
     return library
 
 
+def check_version(description: dict, library: Ggml) -> None:
+    """Raises DgemmaError where the library is older than the description asks for."""
+    wanted, found = description["ggml_min"], library.version()
+    if _numbers(found) < _numbers(wanted):
+        raise DgemmaError(f"{library.file}: ggml {found}, the description asks for {wanted} or newer; {ADVICE}")
+
+
+def _numbers(version):
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
 def devices(library: Ggml) -> list[Device]:
     """All of them, in ggml's order."""
     return [_device(library, library.ggml_backend_dev_get(i)) for i in range(library.ggml_backend_dev_count())]
@@ -44,7 +56,10 @@ def choose(library: Ggml, name: str = "auto") -> Device:
     for device in found:
         if device.name.lower() == name.lower():
             return device
-    raise DgemmaError(f"device {name!r} is not here, expected auto or one of {', '.join(d.name for d in found)}")
+    raise DgemmaError(
+        f"device {name!r} is not here, expected auto or one of {', '.join(d.name for d in found)}; for another, set "
+        f"GGML_LIBRARY to a ggml that has it (docs/llama_cpp.md); this one is {library.file}"
+    )
 
 
 def cpu(found: list[Device]) -> Device:
@@ -57,9 +72,15 @@ def cpu(found: list[Device]) -> Device:
     )
 
 
-def _device(library, handle):
-    free, total, props = ctypes.c_size_t(), ctypes.c_size_t(), DeviceProps()
+def memory_of(library: Ggml, handle: int) -> tuple[int, int]:
+    """Bytes free now, and in all; 0 and 0 where the device does not say."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
     library.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
+
+
+def _device(library, handle):
+    props = DeviceProps()
     library.ggml_backend_dev_get_props(handle, ctypes.byref(props))
     kind = KINDS.get(library.ggml_backend_dev_type(handle), "other")
     registry = library.ggml_backend_reg_name(library.ggml_backend_dev_backend_reg(handle)).decode()
@@ -69,8 +90,7 @@ def _device(library, handle):
         library.ggml_backend_dev_name(handle).decode(),
         kind,
         library.ggml_backend_dev_description(handle).decode(errors="replace"),
-        free.value,
-        total.value,
+        *memory_of(library, handle),
         bool(props.buffer_from_host_ptr) and shares_memory,
         handle,
     )

@@ -53,4 +53,4 @@ class GgmlEngine:
 
 def make_session(runner: Runner, tokenizer: Tokenizer, keep_prefix: bool = False) -> Session:
     """A session on ggml. keep_prefix is for a chat: what stays the same from turn to turn is encoded once."""
-    return Session(lambda: GgmlEngine(runner), runner.config, tokenizer, keep_prefix)
+    return Session(runner.make_engine, runner.config, tokenizer, keep_prefix)

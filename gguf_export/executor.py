@@ -19,7 +19,7 @@ from mlx_dgemma.gguf.values import to_float32
 from mlx_dgemma.units import human_bytes
 
 from .description import Graph, Leaf
-from .devices import Device, cpu, devices
+from .devices import Device, cpu, devices, memory_of
 from .ggml import EvalCallback, Ggml
 from .ggml_graph import build_nodes, new_context, new_tensor
 from .graph_numpy import KINDS
@@ -149,9 +149,21 @@ class Executor:
         if device.kind == "cpu" and 0 < device.total < nbytes:
             raise self.too_little(device, what, nbytes)
 
+    def check_fits(self, graphs: list[Graph], what: str) -> None:
+        """Raises DgemmaError where prefix and graphs of this shape exceed what a device has free beside the weights."""
+        for i, device in enumerate(self._devices):
+            needed = 0
+            for graph in graphs:
+                stored = [x for x in graph.leaves.values() if x.kind == "persistent" and self.place(x.name) == i]
+                needed = max(needed, sum(x.spec.nbytes for x in stored) + (peak(graph) if i == 0 else 0))
+            free, total = memory_of(self.g, device.handle)
+            if total > 0 and free < needed:
+                raise self.too_little(device, what, needed)
+
     def too_little(self, device, what, nbytes):
-        free = next(d.free for d in devices(self.g) if d.name == device.name)
-        advice = "choose a smaller recipe, fewer --n-gpu-layers, or --device CPU"
+        free, _ = memory_of(self.g, device.handle)
+        advice = "shorten the prompt, denoise fewer rows at once"
+        advice += " or free some" if device.kind == "cpu" else ", choose a smaller recipe, or fewer --n-gpu-layers"
         return DgemmaError(
             f"{device.name} has {human_bytes(free)} free, expected {human_bytes(nbytes)} more for {what}; {advice}"
         )

@@ -19,7 +19,7 @@ from mlx_dgemma.errors import DgemmaError
 SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 
 OLDEST = "0.25"
-ADVICE = "pip install 'dgemma[ggml]', or set GGML_LIBRARY to the libraries of a llama.cpp release"
+ADVICE = "pip install xllamacpp, or set GGML_LIBRARY to the libraries of a llama.cpp release"
 
 _pointer, _int, _int64, _size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _float, _bool, _text = ctypes.c_float, ctypes.c_bool, ctypes.c_char_p
@@ -158,10 +158,14 @@ class Ggml:
         self._keep.append(callback)
         self.ggml_log_set(callback, None)
         self.bind(BACKEND)
+        # Backends lie beside the library; where that is a link, as Homebrew's are, beside what it leads to.
+        folders = dict.fromkeys([self.file.parent, self.file.resolve().parent])
+        for folder in folders:
+            if self.ggml_backend_dev_count() == 0:
+                self.ggml_backend_load_all_from_path(str(folder).encode())
         if self.ggml_backend_dev_count() == 0:
-            self.ggml_backend_load_all_from_path(str(self.file.parent).encode())
-        if self.ggml_backend_dev_count() == 0:
-            raise DgemmaError(f"{self.file}: finds no device, not even a CPU; {ADVICE}")
+            places = " or ".join(map(str, folders))
+            raise DgemmaError(f"{self.file}: finds no device; expected {_file_name('ggml-cpu')}… in {places}; {ADVICE}")
 
     def layout(self, tensor: int) -> TensorLayout:
         """A tensor's own fields. Only what exports ggml's numbers needs them."""

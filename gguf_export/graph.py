@@ -32,6 +32,7 @@ from .graph_nodes import ENCODER, EXACT, TOP_K, denoise_nodes, layer_nodes, pref
 from .ops import WEIGHT_TYPES
 
 FORMAT, MAJOR, MINOR = "dgemma-graph", 1, 0
+ARCHITECTURE = "diffusion-gemma"
 TOP_K_TOKENS = 64  # X: likeliest tokens per slot that top-k self-conditioning keeps
 KEYS_MULTIPLE = 256  # slots read: GPU kernels of flash attention want whole blocks
 
@@ -74,7 +75,7 @@ def describe_model(model: GgufModel, top_k: int = TOP_K_TOKENS) -> dict:
         "producer": f"dgemma {_version()}",
         "ggml_min": OLDEST,
         "model": {
-            "architecture": "diffusion-gemma",
+            "architecture": ARCHITECTURE,
             "name": str(model.file.get("general.name", "")),
             "fingerprint": fingerprint(model.file),
         },

@@ -31,11 +31,12 @@ MERGES, TEMPLATE = "tokenizer.ggml.merges", "tokenizer.chat_template"
 def summarize(file: GgufFile) -> dict:
     """Everything `info` says. A file that is no whole DiffusionGemma is described too, with the reason as "problem"."""
     config, generation, problem = _model(file)
-    architecture = _text(file, "general.architecture")
+    architecture, kind = _text(file, "general.architecture"), _text(file, "general.type") or "model"
     return {
         "file": str(file.path),
         "bytes": file.path.stat().st_size,
         "architecture": architecture,
+        "type": kind,
         "supported": problem is None,
         "problem": problem,
         "name": _text(file, "general.name"),
@@ -55,7 +56,9 @@ def summarize(file: GgufFile) -> dict:
         },
         "chat_template": isinstance(file.get(TEMPLATE), str),
         "sampler": generation and dataclasses.asdict(generation),
-        "missing": _missing(file) if architecture == ARCHITECTURE else [],
+        "missing": _missing(file)
+        if architecture == ARCHITECTURE and _text(file, "general.type") in (None, "model")
+        else [],
     }
 
 
@@ -64,7 +67,7 @@ def as_text(summary: dict) -> str:
     s, tokenizer, sampler = summary, summary["tokenizer"], summary["sampler"]
     lines = [
         ("file", f"{s['file']}, {human_bytes(s['bytes'])}"),
-        ("architecture", f"{s['architecture'] or 'not said'}{'' if s['supported'] else ' (does not run here)'}"),
+        ("architecture", f"{s['architecture'] or 'not said'}{_remark(s)}"),
         ("name", s["name"] or "not said"),
         ("parameters", f"{_human(s['parameters'])} in {count(s['tensors'], 'tensor')}"),
         ("layers", _layers(s)),
@@ -92,6 +95,12 @@ def _model(file) -> tuple[ModelConfig | None, GenerationConfig | None, str | Non
     except DgemmaError as error:
         return None, None, str(error).removeprefix(f"{file.path}: ")
     return model.config, model.generation, None
+
+
+def _remark(s):
+    if s["supported"]:
+        return ""
+    return " (does not run here)" if s["type"] == "model" else f" (of what this {s['type']} belongs to)"
 
 
 def _missing(file) -> list[str]:

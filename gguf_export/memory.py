@@ -116,6 +116,8 @@ def check_fits(weights: list[Leaf], graphs: list[Graph], device: Device, n_layer
     advice = "choose a smaller recipe, or --device CPU"
     if fits and device.kind != "cpu":
         advice = f"--n-gpu-layers {fits} would fit; or {advice}"
+    elif device.kind == "cpu":
+        advice = "choose a smaller recipe" if needs.weights > needs.compute else "free some"
     raise DgemmaError(
         f"{device.name} has {human_bytes(device.free)} free, expected {human_bytes(needs.wanted)} for "
         f"{count(n_layers if on_device is None else min(on_device, n_layers), 'layer')} "

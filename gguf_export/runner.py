@@ -16,10 +16,12 @@ from mlx_dgemma.errors import ContextError, DgemmaError
 from mlx_dgemma.gguf.model import open_gguf
 from mlx_dgemma.hub import model_path
 from mlx_dgemma.tokenizer import Tokenizer
+from mlx_dgemma.units import count
 
+from .choices import chosen_options
 from .description import Graph, Leaf, Shape, chain, rounded
 from .description_form import NEXT, check_form
-from .devices import choose, open_ggml
+from .devices import check_version, choose, open_ggml
 from .executor import Executor
 from .expansion import expand
 from .graph import describe_model
@@ -29,6 +31,7 @@ from .memory import Memory, check_fits
 from .quantize import cores
 
 RUN = ("prefill", "denoise+sample")  # the graphs; commit is prefill
+MAX_THREADS = 512  # GGML_MAX_N_THREADS; more end the process
 PREFILL_CHUNK = 512  # prompt tokens encoded at once: bounds the memory of attention scores
 
 
@@ -42,6 +45,7 @@ class Prefix:
 
     def _set_room(self, room):
         self.room = rounded(room)
+        self.runner.check_room(self.rows, self.room)
         self.state = self.runner.executor.new_state(
             self.runner.persistent(self.shape(self.runner.config.canvas_length))
         )
@@ -81,7 +85,8 @@ class Runner:
 
     gguf_path: a file, a folder that holds one, or owner/name/FILE.gguf of the hub. device: "auto", or a name that
     `python -m gguf_export devices` prints. attention: "flash" (default), or "exact" for mul_mat and soft_max.
-    self_conditioning: "top-k" (default), or "exact", which takes a table of V × H on the device. form: "gpu" or "cpu",
+    self_conditioning: "top-k", or "exact", which takes a table of V × H on the device (default where the vocabulary is
+    so small that top-k would gather as many rows). form: "gpu" or "cpu",
     operations that suit the device (default). cache_type: "f16" or "f32", by default f32 for a file of f32.
     n_gpu_layers: layers on the device, the last ones; the CPU has the others.
     description: one that was read with `read_description`; made from the file by default.
@@ -106,21 +111,23 @@ class Runner:
         path = model_path(gguf_path, files=["config.json"])
         if path.is_dir():
             raise DgemmaError(
-                f"{gguf_path}: found a folder without a GGUF file, expected one; "
-                f"make it with `python -m convert {gguf_path} OUT.gguf --recipe Q4_K_M`"
+                f"{gguf_path}: found a folder without a GGUF file, expected one; make it from the original checkpoint "
+                "with `python -m convert CHECKPOINT OUT.gguf --recipe Q4_K_M`"
             )
         self.model = open_gguf(path)
         self.config: ModelConfig = self.model.config
         self.generation_config: GenerationConfig = self.model.generation
         self.description = check_form(description) if description else describe_model(self.model)
         check_belongs(self.description, self.model)
-        if threads is not None and threads < 1:
-            raise DgemmaError(f"--threads is {threads}, expected 1 or more")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise DgemmaError(f"--threads is {threads}, expected 1 to {MAX_THREADS}")
         library = chosen = None
         if executor is None:
             library = open_ggml()
             chosen = choose(library, device)
-        self.options = self._options(
+        self.options = chosen_options(
+            self.description,
+            self.model,
             on_cpu=chosen is None or chosen.kind == "cpu" or n_gpu_layers == 0,
             attention=attention,
             self_conditioning=self_conditioning,
@@ -132,30 +139,21 @@ class Runner:
         self._graphs: dict[tuple, Graph] = {}
         weights = self._weights()  # before anything is allocated: a wrong description ends here
         if executor is None:
-            graphs = [self.graph(phase, self._smallest()) for phase in RUN]
+            check_version(self.description, library)
+            graphs = [self.graph(phase, self._one_chunk()) for phase in RUN]
             check_fits(weights, graphs, chosen, self.config.num_hidden_layers, n_gpu_layers)
             executor = Executor(library, self.model, chosen, n_gpu_layers, threads or cores())
         self.executor = executor
         self.executor.load(weights)
 
-    def _options(self, on_cpu, **given):
-        """What was asked for, and for the rest what suits file and device."""
-        token_embd = self.model.file.tensors["token_embd.weight"].type.name
-        floats = "f32" if token_embd == "F32" else "f16"
-        options = {
-            "attention": "flash",
-            "self_conditioning": "top-k",
-            "form": "cpu" if on_cpu else "gpu",
-            "cache_type": floats,
-            "table_type": floats,
-        } | {name: value for name, value in given.items() if value is not None}
-        for name, value in options.items():
-            if value not in (allowed := self.description["options"][name]):
-                raise DgemmaError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
-        return options
-
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.model.file, self.config)
+
+    def make_engine(self):
+        """What a session drives: `mlx_dgemma.generate` takes a runner where it takes a model."""
+        from .engine import GgmlEngine
+
+        return GgmlEngine(self)
 
     def make_cache(self, rows: int = 1, room: int | None = None) -> Prefix:
         """An empty prefix for `rows` rows. room: tokens it can hold before it must grow."""
@@ -256,15 +254,22 @@ class Runner:
             self._graphs[key] = parts[0] if len(parts) == 1 else chain(*parts)
         return self._graphs[key]
 
+    def check_room(self, rows: int, room: int) -> None:
+        """Raises DgemmaError where a prefix with this much room, and the graphs over it, would not fit."""
+        C, T = self.config.canvas_length, min(PREFILL_CHUNK, room)
+        shapes = [Shape(rows, n, room - n, self.slots_sliding, room) for n in (T, C)]
+        graphs = [self.graph(phase, shape) for phase, shape in zip(RUN, shapes, strict=True)]
+        self.executor.check_fits(graphs, f"{count(rows, 'row')} of up to {room} tokens")
+
     def persistent(self, shape: Shape) -> list[Leaf]:
         """What a batch of this shape keeps between graphs."""
         return [leaf for leaf in self._stored(shape) if leaf.kind == "persistent"]
 
     def _weights(self):
-        return [leaf for leaf in self._stored(self._smallest()) if leaf.kind in ("weight", "derived")]
+        return [leaf for leaf in self._stored(self._one_chunk()) if leaf.kind in ("weight", "derived")]
 
-    def _smallest(self):
-        return Shape(1, 1, 0, self.slots_sliding, rounded(self.config.canvas_length))
+    def _one_chunk(self):
+        return Shape(1, PREFILL_CHUNK, 0, self.slots_sliding, rounded(PREFILL_CHUNK))
 
     def _stored(self, shape):
         """What the graphs read and no host fills in: one leaf for each name."""

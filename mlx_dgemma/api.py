@@ -12,8 +12,12 @@ from .tokenizer import Tokenizer
 
 
 def make_session(model: DiffusionGemma, tokenizer: Tokenizer, keep_prefix: bool = False) -> Session:
-    """A session on MLX. keep_prefix is for a chat: what stays the same from turn to turn is encoded once."""
-    return Session(lambda: MlxEngine(model), model.config, tokenizer, keep_prefix)
+    """A session on MLX, or on what a model of another engine makes (gguf_export.Runner).
+
+    keep_prefix is for a chat: what stays the same from turn to turn is encoded once.
+    """
+    make_engine = getattr(model, "make_engine", lambda: MlxEngine(model))
+    return Session(make_engine, model.config, tokenizer, keep_prefix)
 
 
 def stream(

@@ -35,17 +35,29 @@ OPTIONS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Ctrl-C passes through, to __main__.py."""
+    options = parse(argv)
+    return guarded(lambda: run(options))
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Run a command; what goes wrong with its input or with stdout becomes one line and an exit code."""
     if sys.stdout is None:  # closed by the caller, as in `… >&-`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    options = parse(argv)
     try:
-        return run(options)
+        code = command()
+        sys.stdout.flush()  # so that a reader who left is noticed here
+        return code
     except DgemmaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of stdout went away, as in `… | head`: nobody is left to answer
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if error.filename is not None:  # a file's, not stdout's
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        if isinstance(error, BrokenPipeError):  # the reader went away, as in `… | head`: nobody is left to answer
+            return 0
+        print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        return 1
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -70,7 +82,7 @@ def parse(argv=None) -> argparse.Namespace:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every engine's command takes."""
     add = parser.add_argument
-    add("--prompt", help="the prompt; - reads standard input")
+    add("-p", "--prompt", help="the prompt; - reads standard input")
     add("--system", help="system prompt")
     add("--thinking", action="store_true", help="let the model think first; the thought goes to stderr")
     add("--chat", action="store_true", help="a conversation, one prompt per line (a final \\ continues it); empty: end")

@@ -55,7 +55,7 @@ def test_describe_check_and_back(path, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["fallbacks"] == [] and report["weights"] == len(describe(path)["weights"]) + 6 * 24 - 6 * 2 - 1 + 6
     assert 60 < report["templates"]["sliding"] < 90
-    assert report["memory"]["exact"]["weights"] - report["memory"]["top-k"]["weights"] == 384 * 64 * 2
+    assert report["memory"]["exact"]["weights"] - report["memory"]["top-k"]["weights"] == 384 * 64 * 4
     assert main(["check", str(path)]) == 0
     assert "all " in (out := capsys.readouterr().out) and "memory" in out
 
@@ -137,7 +137,8 @@ def test_devices_lists_the_cpu(capsys):
         (["run", "--device", "CUDA7"], "device 'CUDA7' is not here, expected auto or one of CPU"),
         (["run", "--n-gpu-layers", "-2"], "--n-gpu-layers is -2, expected 0 or more"),
         (["run", "--description", "nowhere.json"], "nowhere.json: not found; expected the path of a JSON description"),
-        (["run", "--threads", "0"], "--threads is 0, expected 1 or more"),
+        (["run", "--threads", "0"], "--threads is 0, expected 1 to 512"),
+        (["run", "-t", "100000"], "--threads is 100000, expected 1 to 512"),
         (["run", "--steps", "0"], "--steps is 0"),
     ],
 )
@@ -177,6 +178,35 @@ def test_bad_descriptions(path, tmp_path, capsys, change, message):
     change(description)
     write_json(tmp_path / "d.json", description)
     assert message in error_line(capsys, "check", path, tmp_path / "d.json")
+
+
+@pytest.mark.parametrize("command", [["describe"], ["draw"], ["check", "--export-ops"]])
+def test_an_output_that_cannot_be_written(path, tmp_path, capsys, command):
+    out = tmp_path / "nowhere" / "out"
+    option = [] if len(command) > 1 else ["-o"]
+    message = error_line(capsys, command[0], path, *command[1:], *option, out)
+    assert f"{out}: cannot be written (No such file or directory)" in message
+
+
+def test_a_full_disk_behind_stdout(path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "devices"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (
+        done.returncode == 1 and done.stderr == "error: standard output cannot be written (No space left on device)\n"
+    )
+
+
+def test_a_description_from_another_time(path, tmp_path, capsys):
+    for change, message in [
+        ({"ggml_min": "99.0"}, "the description asks for 99.0 or newer"),
+        ({"ggml_min": [1]}, "the description has ggml_min '[1]'"),
+        ({"format": {"name": "dgemma-graph", "major": True, "minor": 0}}, "format version True.0"),
+        ({"model": describe(path)["model"] | {"architecture": "llama"}}, "architecture 'llama'"),
+    ]:
+        write_json(tmp_path / "d.json", json.loads(json.dumps(describe(path))) | change)
+        assert message in error_line(
+            capsys, "run", "--model", path, "--prompt", "on", "--description", tmp_path / "d.json"
+        )
 
 
 def test_a_truncated_description(path, tmp_path, capsys):

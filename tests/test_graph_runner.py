@@ -253,6 +253,28 @@ def demo_file(tmp_path_factory):
     return file
 
 
+@pytest.mark.parametrize("engine", TOLERANCE)
+def test_every_phase_of_the_demo_is_mlxs(demo_file, engine):
+    model, _ = mlx_dgemma.load("demo/checkpoint", mx.float32)
+    runner, random = runner_of(demo_file, engine, self_conditioning="exact"), np.random.default_rng(0)
+    prompt, canvas = random.integers(5, 1024, (1, 150)), random.integers(5, 1024, (1, 64))
+    ours, theirs = runner.make_cache(), model.make_cache()
+    compared = [(runner.encode(prompt, ours), model.encode(mx.array(prompt), theirs))]
+    logits = model.denoise(mx.array(canvas), theirs)
+    compared += [(runner.denoise(canvas, ours), logits)]
+    compared += [(runner.denoise(canvas, ours, np.array(logits)), model.denoise(mx.array(canvas), theirs, logits))]
+    compared += [(runner.encode(canvas, ours), model.encode(mx.array(canvas), theirs))]
+    compared += [(runner.denoise(canvas, ours), model.denoise(mx.array(canvas), theirs))]
+    assert max(difference(*pair) for pair in compared) < TOLERANCE[engine]
+
+
+def test_mlxs_python_takes_a_runner(demo_file):
+    runner = Runner(demo_file, "CPU")
+    prompt = held_out("python_fix", 1)[0].prompt
+    text = mlx_dgemma.generate(runner, runner.tokenizer(), prompt, seed=0)
+    assert text == mlx_dgemma.generate(*mlx_dgemma.load("demo/checkpoint", mx.float32), prompt, seed=0)
+
+
 def test_one_seed_one_text_behind_both_doors(demo_file):
     model, tokenizer = mlx_dgemma.load("demo/checkpoint", mx.float32)
     config = model.generation_config
@@ -268,10 +290,20 @@ def test_one_seed_one_text_behind_both_doors(demo_file):
 
 def test_the_judge_takes_ggml(demo_file, capsys):
     evaluate.main(
-        ["--engine", "ggml", "--model", str(demo_file), "--device", "CPU", "--task", "sudoku", "--n", "3", "--json"]
+        [
+            "--engine",
+            "ggml",
+            "--model",
+            str(demo_file),
+            "--device",
+            "CPU",
+            "--against",
+            "demo/checkpoint",
+            *["--task", "sudoku", "--n", "3", "--json"],
+        ]
     )
     row = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"][0]
-    assert row["right"] == row["n"] == 3
+    assert row["right"] == row["n"] == row["same"] == 3
     with pytest.raises(SystemExit):
         evaluate.main(["--engine", "mlx", "--device", "CPU"])
     assert "--device is for --engine ggml" in capsys.readouterr().err
@@ -368,8 +400,8 @@ def test_too_little_memory_says_what_would_fit(path, monkeypatch):
     from gguf_export.memory import Split, plan
 
     runner = runner_of(path, form="gpu")
-    graph = runner.graph("denoise+sample", Shape(1, 1, 0, runner.slots_sliding, 256))
-    three = plan(runner._weights(), graph, Split.of(6, 3)).wanted
+    graphs = [runner.graph(phase, runner._one_chunk()) for phase in module.RUN]
+    three = max(plan(runner._weights(), graph, Split.of(6, 3)).wanted for graph in graphs)
     small = Device("GPU0", "gpu", "a small one", three, three, False, 0)
     monkeypatch.setattr(module, "choose", lambda library, device: small)
     with pytest.raises(DgemmaError, match=r"GPU0 has .* free, expected .* \(weights .*--n-gpu-layers 3 would fit"):
@@ -378,12 +410,48 @@ def test_too_little_memory_says_what_would_fit(path, monkeypatch):
     with pytest.raises(DgemmaError, match="GPU0 has 1.00 kB free.*; choose a smaller recipe, or --device CPU"):
         Runner(path, "GPU0")
     monkeypatch.setattr(module, "choose", lambda library, device: Device("CPU", "cpu", "", 1_000, 1_000, True, 0))
-    with pytest.raises(DgemmaError, match="CPU has 1.00 kB free"):
+    with pytest.raises(DgemmaError, match=r"CPU has 1.00 kB free.*\); free some"):
         Runner(path, "CPU")
 
 
+def test_a_prefix_that_does_not_fit_is_refused_before_it_is_allocated(path, monkeypatch):
+    import gguf_export.executor as module
+
+    runner = runner_of(path)
+    monkeypatch.setattr(module, "memory_of", lambda g, handle: (3 << 20, 1 << 30))
+    monkeypatch.setattr(runner.executor, "new_state", lambda leaves: pytest.fail("allocated"))
+    with pytest.raises(DgemmaError, match=r"CPU has 3.15 MB free, expected .* for 8 rows of up to 512 tokens; shorten"):
+        runner.make_cache(8, 300)
+
+
+@pytest.mark.parametrize("n", [None, 0, 1, 3, 6, 99])
+def test_layers_are_split_over_devices(path, monkeypatch, n):
+    """A second backend of the CPU stands for a GPU that maps nothing: placement and upload, if not the bus."""
+    import gguf_export.runner as module
+
+    whole = runner_of(path, form="gpu")
+    card = whole.executor.device._replace(name="GPU0", kind="gpu", maps=False)
+    monkeypatch.setattr(module, "choose", lambda library, device: card)
+    split = Runner(path, "GPU0", n_gpu_layers=n, form="gpu")
+    results = []
+    for runner in (whole, split):
+        cache = runner.make_cache()
+        runner.prefill(tokens_of(20), cache)
+        results.append(runner.denoise(tokens_of(C, 1), cache))
+    assert difference(*results) == 0
+    held, layers = split.executor.weight_bytes, [x for x in split._weights() if x.name.startswith("blk.")]
+    own = sum(x.spec.nbytes for x in layers if int(x.name.split(".")[1]) >= 6 - min(6 if n is None else n, 6))
+    rest = sum(x.spec.nbytes for x in split._weights()) - sum(x.spec.nbytes for x in layers)
+    if n != 0:
+        assert held["GPU0"] == own + rest and sum(held.values()) == sum(whole.executor.weight_bytes.values())
+    else:
+        assert held == {"CPU": whole.executor.weight_bytes["CPU"]}
+
+
 def test_a_folder_without_a_gguf_is_no_model(tiny):
-    with pytest.raises(DgemmaError, match="found a folder without a GGUF file, expected one; make it with"):
+    with pytest.raises(
+        DgemmaError, match="found a folder without a GGUF file, expected one; make it from the original"
+    ):
         Runner(tiny, "CPU")
 
 

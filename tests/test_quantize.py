@@ -86,7 +86,7 @@ def test_types_that_take_no_importance_ignore_it(name, weights):
 
 
 def test_a_missing_library_names_the_extra(no_ggml, weights):
-    message = r"Q4_K: only ggml can quantize to this, and it is not installed; pip install 'dgemma\[ggml\]'"
+    message = r"Q4_K: only ggml can quantize to this, and it is not installed; pip install xllamacpp"
     with pytest.raises(DgemmaError, match=message):
         quantize.check_can_quantize({"F32", "Q8_0", "Q4_K"}, importance=False)
     with pytest.raises(DgemmaError, match=message):
