@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from .cache import LayerCache
 from .config import LayerConfig, ModelConfig
-from .layers import RMSNorm, Rope, unit_rms
+from .layers import Linear, RMSNorm, Rope, unit_rms
 
 
 class Attention(nn.Module):
@@ -19,11 +19,11 @@ class Attention(nn.Module):
         self._layer, self._n_heads, self._eps = layer, config.num_attention_heads, config.rms_norm_eps
         q_size = config.num_attention_heads * layer.head_dim
         kv_size = layer.num_key_value_heads * layer.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
         if layer.has_v_proj:
-            self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+            self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, config.hidden_size)
         self.q_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(layer.head_dim, config.rms_norm_eps)
         self._rope = Rope(layer)

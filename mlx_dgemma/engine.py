@@ -10,7 +10,8 @@ import numpy as np
 from .cache import PrefixCache
 from .denoise import Step
 from .model import DiffusionGemma
-from .sampler import accept_mask, entropies, sample
+from .sampler import accept_mask
+from .vocabulary import read_vocabulary
 
 # Prompt tokens encoded at once: bounds the memory of attention scores.
 PREFILL_CHUNK = 512
@@ -24,7 +25,8 @@ class MlxEngine:
         self.cache = cache or model.make_cache()
         self.canvas_length = model.config.canvas_length
         self.vocab_size = model.config.vocab_size
-        self._canvas = self._conditioning = None
+        self._table = model.table
+        self._canvas = self._soft = None
 
     @property
     def cache_bytes(self) -> int:
@@ -51,14 +53,15 @@ class MlxEngine:
     commit = prefill
 
     def start(self, canvas: np.ndarray) -> None:
-        self._canvas, self._conditioning = mx.array(canvas), None
+        self._canvas, self._soft = mx.array(canvas), None
 
     def step(self, temperature: float, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray) -> Step:
-        processed = self.model.denoise(self._canvas, self.cache, self._conditioning) / temperature  # (B, C, V)
-        entropy = entropies(processed)
+        hidden = self.model.denoise_hidden(self._canvas, self.cache, self._soft)  # (B, C, H)
+        cap, uniform = self.model.config.final_logit_softcapping, mx.array(uniforms).reshape(-1)
+        read = read_vocabulary(hidden.reshape(uniform.size, -1), self._table, cap, temperature, uniform)
+        draft, entropy, sampled = (x.reshape(self._canvas.shape) for x in (read.draft, read.entropy, read.sampled))
         accepted = accept_mask(entropy, entropy_bound)
-        draft = mx.argmax(processed, axis=-1).astype(mx.int32)
-        self._canvas = mx.where(accepted, sample(processed, mx.array(uniforms)), mx.array(renoise))
-        self._conditioning = processed.astype(self.model.dtype)
-        mx.eval(draft, self._canvas, accepted, entropy, self._conditioning)
+        self._canvas = mx.where(accepted, sampled, mx.array(renoise))
+        self._soft = self.model.scaled(read.soft).reshape(hidden.shape)
+        mx.eval(draft, self._canvas, accepted, entropy, self._soft)
         return Step(np.array(draft), np.array(self._canvas), np.array(accepted), np.array(entropy))

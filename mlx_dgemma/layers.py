@@ -1,4 +1,4 @@
-"""Norms, rotary positions and the gated MLP: the parts that know nothing of attention or experts.
+"""Matrices, norms, rotary positions and the gated MLP: the parts that know nothing of attention or experts.
 
 Shapes   B rows, T tokens, N heads, D head_dim, H hidden, I dense MLP
 Source   transformers 5.23.0, modeling_diffusion_gemma.py
@@ -9,6 +9,37 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import LayerConfig
+from .products import Packing, packed_product
+
+
+class Linear(nn.Linear):
+    """y = x @ weightᵀ; packed by nn.quantize into a PackedLinear."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def to_quantized(self, group_size: int, bits: int, mode: str, quantize_input: bool = False):
+        del quantize_input  # nn.quantize passes it to every layer
+        return PackedLinear(self.weight, Packing(group_size, bits, mode))
+
+
+class PackedLinear(nn.Module):
+    """A quantized matrix, or one for each expert."""
+
+    def __init__(self, weight, packing: Packing):
+        super().__init__()
+        self.weight, self.scales, *biases = mx.quantize(weight, **packing._asdict())
+        if biases:
+            self.biases = biases[0]
+        self.packing = packing
+        self.freeze()
+
+    @property
+    def arrays(self):
+        return [self[name] for name in ("weight", "scales", "biases") if name in self]
+
+    def __call__(self, x):
+        return packed_product(x, self.arrays, self.packing)
 
 
 class RMSNorm(nn.Module):
@@ -58,9 +89,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, inner: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = Linear(hidden, inner)
+        self.up_proj = Linear(hidden, inner)
+        self.down_proj = Linear(inner, hidden)
 
     def __call__(self, x):
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))

@@ -16,6 +16,7 @@ from .config import GenerationConfig, LayerConfig, ModelConfig
 from .layers import MLP, RMSNorm, unit_rms
 from .masks import canvas_mask, encoder_mask
 from .moe import Experts, Router
+from .vocabulary import Table
 
 
 class Layer(nn.Module):
@@ -111,6 +112,11 @@ class DiffusionGemma(nn.Module):
     def dtype(self):
         return self._dtype
 
+    @property
+    def table(self) -> Table:
+        """The tied embedding, as lm_head and self-conditioning read it."""
+        return Table(self.model.decoder.embed_tokens)
+
     def make_cache(self) -> PrefixCache:
         """An empty prefix."""
         return PrefixCache(self._config)
@@ -162,26 +168,16 @@ class DiffusionGemma(nn.Module):
     def logits(self, hidden):
         """hidden (B, C, H) → softcapped logits (B, C, V), float32"""
         cap = self._config.final_logit_softcapping
-        return cap * mx.tanh(self.model.decoder.embed_tokens.as_linear(hidden).astype(mx.float32) / cap)
+        return cap * mx.tanh(self.table.logits(hidden).astype(mx.float32) / cap)
 
     def soft_embedding(self, logits):
         """softmax(logits) @ E × √H: (B, C, V) → (B, C, H)"""
         p = mx.softmax(logits.astype(mx.float32), axis=-1).astype(self._dtype)
-        table = self.model.decoder.embed_tokens
-        if isinstance(table, nn.QuantizedEmbedding):
-            soft = mx.quantized_matmul(
-                p,
-                table["weight"],
-                table["scales"],
-                table.get("biases"),
-                transpose=False,
-                group_size=table.group_size,
-                bits=table.bits,
-                mode=table.mode,
-            )
-        else:
-            soft = p @ table.weight
-        return soft * self._embedding_scale
+        return self.scaled(self.table.mix(p))
+
+    def scaled(self, embedding):
+        """An embedding as the layers read it."""
+        return embedding * self._embedding_scale
 
     @property
     def _embedding_scale(self):

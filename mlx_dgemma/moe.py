@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import ModelConfig
-from .layers import geglu, unit_rms
+from .layers import Linear, PackedLinear, geglu, unit_rms
+from .products import Packing, expert_product, packed_expert_product
 
 
 class Router(nn.Module):
@@ -17,7 +18,7 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.proj = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.proj = Linear(config.hidden_size, config.num_experts)
         self.scale = mx.ones((config.hidden_size,))
         self.per_expert_scale = mx.ones((config.num_experts,))
         self._top_k, self._eps = config.top_k_experts, config.rms_norm_eps
@@ -41,40 +42,16 @@ class ExpertLinear(nn.Module):
 
     def __call__(self, x, experts):
         """x (M, 1, in), experts (M,) in ascending order → (M, 1, out)"""
-        weight = self.weight.swapaxes(-1, -2)
-        if mx.default_device().type == mx.cpu and x.dtype != mx.float32:
-            # MLX's CPU backend gathers matrices in float32 only.
-            out = mx.gather_mm(x.astype(mx.float32), weight.astype(mx.float32), None, experts, sorted_indices=True)
-            return out.astype(x.dtype)
-        return mx.gather_mm(x, weight, rhs_indices=experts, sorted_indices=True)
+        return expert_product(x, self.weight, experts)
 
     def to_quantized(self, group_size: int, bits: int, mode: str, quantize_input: bool = False):
         del quantize_input  # nn.quantize passes it to every layer
-        return QuantizedExpertLinear(self.weight, group_size, bits, mode)
+        return PackedExpertLinear(self.weight, Packing(group_size, bits, mode))
 
 
-class QuantizedExpertLinear(nn.Module):
-    def __init__(self, weight, group_size: int, bits: int, mode: str):
-        super().__init__()
-        self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
-        if biases:
-            self.biases = biases[0]
-        self.group_size, self.bits, self.mode = group_size, bits, mode
-        self.freeze()
-
+class PackedExpertLinear(PackedLinear):
     def __call__(self, x, experts):
-        return mx.gather_qmm(
-            x,
-            self["weight"],
-            self["scales"],
-            self.get("biases"),
-            rhs_indices=experts,
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            sorted_indices=True,
-        )
+        return packed_expert_product(x, self.arrays, self.packing, experts)
 
 
 class Experts(nn.Module):

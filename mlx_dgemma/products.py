@@ -1,0 +1,60 @@
+"""Products with weights, packed or not: one kernel on a GPU; on a CPU what MLX's backend there does fast.
+
+Shapes   x (…, in), matrix (out, in), experts' matrices (E, out, in); M pairs of token and expert, sorted by expert
+Source   mx.quantized_matmul, mx.gather_mm, mx.gather_qmm
+Differs  MLX's CPU backend multiplies packed weights value by value and gathered matrices row by row, 5 to 25 times
+         slower than BLAS on the unpacked ones (docs/log.md). There a matrix is unpacked for the product and forgotten
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+FEW_ROWS = 4  # up to here MLX's own packed product is no slower
+
+
+class Packing(NamedTuple):
+    """How a weight is quantized, as mx.quantize names it."""
+
+    group_size: int
+    bits: int
+    mode: str
+
+
+def on_cpu() -> bool:
+    return mx.default_device().type == mx.cpu
+
+
+def packed_product(x, arrays, packing: Packing, transpose: bool = True):
+    """x @ matrixᵀ, or without `transpose` x @ matrix. arrays: packed values, scales, and biases where it has them."""
+    how = packing._asdict()
+    if on_cpu() and x.size // x.shape[-1] > FEW_ROWS:
+        matrix = mx.dequantize(*arrays, **how, dtype=mx.float32)
+        return (x.astype(mx.float32) @ (matrix.T if transpose else matrix)).astype(x.dtype)
+    return mx.quantized_matmul(x, *arrays, transpose=transpose, **how)
+
+
+def expert_product(x, weight, experts):
+    """x (M, 1, in), weight (E, out, in), experts (M,) ascending → (M, 1, out)"""
+    if on_cpu():
+        return _one_by_one(x, experts, weight.shape[0], lambda e: weight[e])
+    return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=True)
+
+
+def packed_expert_product(x, arrays, packing: Packing, experts):
+    """`expert_product` with packed matrices."""
+    how = packing._asdict()
+    if on_cpu():
+        unpacked = lambda e: mx.dequantize(*(a[e] for a in arrays), **how, dtype=mx.float32)  # noqa: E731
+        return _one_by_one(x, experts, arrays[0].shape[0], unpacked)
+    return mx.gather_qmm(x, *arrays, rhs_indices=experts, transpose=True, sorted_indices=True, **how)
+
+
+def _one_by_one(x, experts, n_experts, matrix):
+    """One product for each expert that some token chose."""
+    bounds = np.searchsorted(np.array(experts), np.arange(n_experts + 1)).tolist()
+    flat = x[:, 0].astype(mx.float32)
+    parts = [flat[a:b] @ matrix(e).astype(mx.float32).T for e, (a, b) in enumerate(pairwise(bounds)) if a < b]
+    return mx.concatenate(parts)[:, None].astype(x.dtype)

@@ -1,0 +1,93 @@
+"""The one pass over the vocabulary against whole arrays in float64, and against the two functions it replaces."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_dgemma import vocabulary
+from mlx_dgemma.vocabulary import Table, block_of, chunk_of, read_vocabulary
+
+CAP, TEMPERATURE = 30.0, 0.6
+
+
+def inputs(seed, M, V, H, scale=1.0):
+    rng = np.random.default_rng(seed)
+    hidden = rng.standard_normal((M, H)).astype(np.float32) * scale
+    weight = rng.standard_normal((V, H)).astype(np.float32)
+    return hidden, weight, rng.uniform(1e-4, 1 - 1e-4, M).astype(np.float32)
+
+
+def slowly(hidden, weight, uniforms, temperature=TEMPERATURE):
+    """Logits, entropy, cumulative distribution and expected embedding, in float64."""
+    z = CAP * np.tanh(hidden.astype(np.float64) @ weight.T.astype(np.float64) / CAP) / temperature
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return z, -(p * np.log(np.maximum(p, 1e-300))).sum(-1), p.cumsum(-1), p @ weight
+
+
+def agrees(found, hidden, weight, uniforms, tolerance=1e-5):
+    z, entropy, up_to, soft = slowly(hidden, weight, uniforms)
+    # At the cap many logits are one number in float32: any of them is the likeliest.
+    assert (z.max(-1) - np.take_along_axis(z, np.array(found.draft)[:, None], -1)[:, 0] < 1e-4).all()
+    assert np.abs(np.array(found.entropy) - entropy).max() < tolerance * 10
+    assert np.abs(np.array(found.soft) - soft).max() < tolerance
+    sampled = np.array(found.sampled)
+    above = np.take_along_axis(up_to, sampled[:, None], -1)[:, 0]
+    below = above - np.take_along_axis(np.diff(up_to, axis=-1, prepend=0), sampled[:, None], -1)[:, 0]
+    assert ((below < uniforms + 1e-6) & (uniforms - 1e-6 < above)).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 3.0, 300.0])  # flat, in between, sure, at the cap
+@pytest.mark.parametrize("V", [384, 1024, 1000, 257])
+def test_one_pass_reads_what_whole_arrays_say(V, scale, monkeypatch):
+    hidden, weight, uniforms = inputs(V, 9, V, 32, scale)
+    if scale == 0.0:
+        hidden[:] = 1e-3  # all but equal: no draft is decided by rounding
+    for elements in (1, 9 * 100, 1 << 21):
+        monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", elements)
+        embedding = nn.Embedding(V, 32)
+        embedding.weight = mx.array(weight)
+        found = read_vocabulary(mx.array(hidden), Table(embedding), CAP, TEMPERATURE, mx.array(uniforms))
+        agrees(found, hidden, weight, uniforms)
+
+
+@pytest.mark.parametrize("bits, mode", [(4, "affine"), (8, "affine"), (4, "mxfp4")])
+def test_a_packed_table_is_read_as_it_is(bits, mode):
+    hidden, weight, uniforms = inputs(1, 5, 512, 64)
+    plain = nn.Embedding(512, 64)
+    plain.weight = mx.array(weight)
+    packed = plain.to_quantized(group_size=32, bits=bits, mode=mode)
+    names = [packed[n] for n in ("weight", "scales", "biases") if n in packed]
+    weight = np.array(mx.dequantize(*names, group_size=32, bits=bits, mode=mode, dtype=mx.float32))
+    found = read_vocabulary(mx.array(hidden), Table(packed), CAP, TEMPERATURE, mx.array(uniforms))
+    agrees(found, hidden, weight, uniforms, 1e-4)
+
+
+def test_what_has_no_mass_is_never_drawn():
+    embedding = nn.Embedding(1024, 4)
+    weight = np.full((1024, 4), -100.0, np.float32)
+    weight[700] = 100.0
+    embedding.weight = mx.array(weight)
+    for u in (6e-8, 0.5, 1 - 6e-8):
+        found = read_vocabulary(mx.ones((3, 4)), Table(embedding), CAP, 0.4, mx.full((3,), u))
+        assert found.sampled.tolist() == found.draft.tolist() == [700] * 3
+        assert np.abs(np.array(found.entropy)).max() < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.4, 3.0])
+def test_no_temperature_overflows(temperature):
+    hidden, weight, uniforms = inputs(2, 4, 512, 16, 30.0)
+    embedding = nn.Embedding(512, 16)
+    embedding.weight = mx.array(-np.abs(weight))
+    found = read_vocabulary(mx.array(np.abs(hidden)), Table(embedding), CAP, temperature, mx.array(uniforms))
+    assert all(np.isfinite(np.array(x)).all() for x in found)
+
+
+def test_shapes_of_chunks():
+    for V in (1, 7, 384, 1000, 32_768, 262_144, 262_147):
+        block = block_of(V)
+        assert V % block == 0 and V // block <= max(vocabulary.BLOCKS, V if V % 2 else 0)
+        for M in (1, 64, 256, 1024):
+            K = chunk_of(M, V, block)
+            assert K == V or (K % block == 0 and (M * K <= vocabulary.CHUNK_ELEMENTS or block == K))
