@@ -3,7 +3,7 @@
 #   make test            the whole test suite; no torch
 #   make test-reference  live comparison with transformers and mlx-vlm (installs torch)
 #   make check           formatting and lint
-#   make bench           where a step's time goes
+#   make bench           our step against mlx-vlm's, and where the time goes on ggml (installs torch)
 # The first of these that runs and is new enough.
 PYTHON ?= $(or $(shell for p in python3.13 python3.12 python3.11 python3; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done),python3)
@@ -31,8 +31,8 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-bench: .venv/.dev
-	$(BIN)/python -m benchmarks.step
+bench: .venv/.reference
+	$(BIN)/python -m benchmarks.versus --preset small
 	$(BIN)/python -m benchmarks.ggml_step
 
 clean:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from demo.tasks import TASKS, check, held_out
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.events import BlockDone, Done
+from mlx_dgemma.presets import PRESETS
 
 CHECKPOINT = "demo/checkpoint"
 
@@ -168,6 +169,10 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0, help="chooses the instances and the noise")
     parser.add_argument("--batch", type=int, default=50, help="instances denoised at once (default: 50)")
     parser.add_argument("--show-failures", type=int, default=0, metavar="K")
+    parser.add_argument("--preset", choices=PRESETS, help="how much work a text may cost (default: exact)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of GenerationConfig: stop=plateau"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     args = parser.parse_args(arguments)
     if args.n < 1 or args.batch < 1:
@@ -201,7 +206,13 @@ def main(arguments=None):
 
 def _engine_options(parser, args):
     """What only one engine takes; a usage error where another was asked for."""
-    given = {}
+    given = dict(PRESETS.get(args.preset, {}))
+    for text in args.set:
+        name, _, value = text.partition("=")
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value
     for engine, name in (("mlx", "dequantize"), ("ggml", "device"), ("ggml", "self_conditioning")):
         if value := getattr(args, name):
             if args.engine != engine:

@@ -7,6 +7,7 @@ Differs  four arrays of C numbers return from each step: the canvas, and what vi
 
 import numpy as np
 
+from mlx_dgemma.config import GenerationConfig
 from mlx_dgemma.denoise import Step
 from mlx_dgemma.session import Session
 from mlx_dgemma.tokenizer import Tokenizer
@@ -21,6 +22,10 @@ class GgmlEngine:
         self.runner, self.cache = runner, cache
         self.canvas_length = runner.config.canvas_length
         self.vocab_size = runner.config.vocab_size
+        self.flexible = False  # a graph is compiled for whole canvases
+
+    def use(self, config: GenerationConfig) -> None:
+        """Nothing: schedule and stop rule are the loop's."""
 
     @property
     def cache_bytes(self) -> int:

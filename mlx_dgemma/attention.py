@@ -5,12 +5,12 @@ Source   transformers 5.23.0, DiffusionGemmaEncoderTextAttention and DiffusionGe
 Differs  one class for both passes; they share every weight
 """
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from .cache import LayerCache
 from .config import LayerConfig, ModelConfig
 from .layers import Linear, RMSNorm, Rope, unit_rms
+from .long_attention import attention
 
 
 class Attention(nn.Module):
@@ -41,5 +41,5 @@ class Attention(nn.Module):
         v = unit_rms(v, self._eps).swapaxes(1, 2)
         keys, values = cache.append(k, v) if append else cache.joined(k, v)  # (B, N, P + T, D)
         # q_norm and k_norm set the scale of the scores, so there is no 1 / sqrt(D).
-        out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=1.0, mask=mask)
+        out = attention(q, keys, values, mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))

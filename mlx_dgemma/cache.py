@@ -56,6 +56,15 @@ class PrefixCache:
     def arrays(self) -> list[mx.array]:
         return [array for c in self.layers if c.keys is not None for array in (c.keys, c.values)]
 
+    def select(self, rows) -> "PrefixCache":
+        """The prefixes of some rows; copies them."""
+        twin = self.copy()
+        for c in twin.layers:
+            if c.keys is not None:
+                c.keys, c.values = c.keys[rows], c.values[rows]
+        twin.padding = None if self.padding is None else self.padding[rows]
+        return twin
+
     def copy(self) -> "PrefixCache":
         """The same prefix; encoding more into one leaves the other as it is. Costs no memory."""
         twin = object.__new__(PrefixCache)

@@ -18,6 +18,7 @@ from .chat import chat
 from .config import GenerationConfig
 from .errors import DgemmaError
 from .events import Done
+from .presets import with_preset
 from .session import Session
 from .tokenizer import Tokenizer, check_prompt
 from .units import human_bytes
@@ -30,6 +31,11 @@ OPTIONS = {
     "t_min": "t_min",
     "t_max": "t_max",
     "entropy_bound": "entropy_bound",
+    "schedule_steps": "schedule_steps",
+    "stop": "stop",
+    "first_canvas": "first_canvas",
+    "conditioning_k": "conditioning_k",
+    "conditioning_epsilon": "conditioning_epsilon",
 }
 
 
@@ -92,6 +98,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--t-min", type=float, metavar="T", help="temperature towards the last step")
     add("--t-max", type=float, metavar="T", help="temperature of the first step")
     add("--entropy-bound", type=float, metavar="NATS", help="entropy that one step's accepted tokens may add up to")
+    add("--preset", metavar="P", help="exact (default), balanced or fast: how much work a text may cost")
+    add("--stop", metavar="RULE", help="when a block is done: stable, confident, plateau or patience")
+    add("--schedule-steps", type=int, metavar="N", help="steps in which the temperature falls (default: --steps)")
+    add("--first-canvas", type=int, metavar="C", help="slots of the first canvas; the next ones double (MLX only)")
+    add("--conditioning-k", type=int, metavar="K", help="blocks of tokens that self-conditioning reads (MLX only)")
+    add("--conditioning-epsilon", type=float, metavar="E", help="share of mass those may lack (MLX only)")
     add("--json", action="store_true", help="print one JSON object instead of the text")
 
 
@@ -162,6 +174,7 @@ def read_prompt() -> str:
 def settings_of(base: GenerationConfig, options) -> GenerationConfig:
     """The checkpoint's defaults, changed by the command line."""
     try:
+        base = with_preset(base, options.preset)
         return base.replace(**{field: getattr(options, option) for field, option in OPTIONS.items()})
     except DgemmaError as error:
         message = str(error)

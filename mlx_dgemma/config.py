@@ -97,6 +97,14 @@ class ModelConfig:
         return tuple(layer(i, kind) for i, kind in enumerate(self.layer_types))
 
 
+STOP_RULES = ("stable", "confident", "plateau", "patience")  # what they are stands in schedule.py
+_LEAST = {
+    "max_new_tokens": 1, "max_denoising_steps": 1, "stability_threshold": 0, "patience": 1, "schedule_steps": 1,
+    "first_canvas": 1, "conditioning_k": 1,
+}  # fmt: skip
+_OPTIONAL = ("schedule_steps", "first_canvas", "conditioning_k")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationConfig:
     """The sampler's settings; the defaults are those of transformers' generate.
@@ -111,13 +119,22 @@ class GenerationConfig:
     entropy_bound: float = 0.1  # nats
     stability_threshold: int = 1  # k means k + 1 equal argmax canvases
     confidence_threshold: float = 0.005  # nats, mean entropy of a canvas
+    schedule_steps: int | None = None  # steps in which the temperature falls from t_max to t_min; by default all N
+    stop: str = "stable"  # a rule of schedule.STOP_RULES
+    patience: int = 2  # steps a slot's draft must last, for the rule "patience"
+    drop_tail: bool = False  # stop computing slots behind a settled end token
+    first_canvas: int | None = None  # slots of the first canvas; doubled from block to block up to C
+    conditioning_k: int | None = None  # blocks of tokens that self-conditioning reads of a sure slot; None: all
+    conditioning_epsilon: float = 1e-3  # share of the mass that those blocks may lack
     pad_token_id: int = 0
     bos_token_id: int = 2
     stop_token_ids: tuple[int, ...] = (1, 106, 50)  # <eos>, <turn|>, <|tool_response>
 
     def __post_init__(self):
-        for name, least in (("max_new_tokens", 1), ("max_denoising_steps", 1), ("stability_threshold", 0)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise DgemmaError(f"{name} is {value!r}, expected a whole number of at least {least}")
         for name, ids in (("pad", [self.pad_token_id]), ("bos", [self.bos_token_id]), ("stop", self.stop_token_ids)):
@@ -128,6 +145,10 @@ class GenerationConfig:
             # The upper end keeps out infinity and NaN, which compare as neither.
             if not isinstance(value, int | float) or not 0 < value < 1e6:
                 raise DgemmaError(f"{name} is {value!r}, expected a number above 0")
+        if not isinstance(self.conditioning_epsilon, float) or not 0 < self.conditioning_epsilon < 1:
+            raise DgemmaError(f"conditioning_epsilon is {self.conditioning_epsilon!r}, expected a number in (0, 1)")
+        if self.stop not in STOP_RULES:
+            raise DgemmaError(f"stop is {self.stop!r}, expected one of {', '.join(STOP_RULES)}")
         if self.t_min > self.t_max:
             raise DgemmaError(f"t_min is {self.t_min} and t_max {self.t_max}, expected t_min <= t_max")
 

@@ -8,7 +8,6 @@ Differs  the last canvas is never encoded; rows finished in an earlier block no 
 Knows no engine: it drives anything with the four methods of `Engine`, so MLX and ggml run the same loop.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
@@ -16,9 +15,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .config import GenerationConfig
+from .errors import DgemmaError
 from .events import BlockDone, StepDone
+from .in_play import InPlay
 from .noise import NoiseStream
-from .schedule import StableAndConfident, default_schedule, default_stop_rule
+from .schedule import default_schedule, default_stop_rule
 
 
 class Step(NamedTuple):
@@ -35,12 +36,19 @@ class Engine(Protocol):
 
     canvas_length: int
     vocab_size: int
+    flexible: bool  # takes canvases of other lengths, and `select`
+
+    def use(self, config: GenerationConfig) -> None:
+        """Settings of the generation that begins."""
 
     def start(self, canvas: np.ndarray) -> None:
         """Begin a block from `canvas` (B, C), with no self-conditioning."""
 
     def step(self, temperature: float, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray) -> Step:
         """One decoder pass: sample with `uniforms` (B, C), accept, put `renoise` (B, C) elsewhere."""
+
+    def select(self, rows: np.ndarray, length: int) -> None:
+        """Go on with these rows and the first `length` slots of the canvas, until the next `start`."""
 
     def commit(self, tokens: np.ndarray) -> None:
         """Append (B, C) tokens to the prefix."""
@@ -52,7 +60,7 @@ def denoise_blocks(
     stream: NoiseStream,
     rows: list[int],
     schedule: Callable[[int], float] | None = None,
-    stop_rule: Callable[[], StableAndConfident] | None = None,
+    stop_rule: Callable[[], Callable] | None = None,
 ) -> Iterator[StepDone | BlockDone]:
     """Denoise blocks after the engine's prefix until every row met a stop id or has max_new_tokens.
 
@@ -61,10 +69,12 @@ def denoise_blocks(
     schedule = schedule or default_schedule(config)
     began = time.perf_counter()
     finished = np.zeros(len(rows), bool)
-    n_blocks = math.ceil(config.max_new_tokens / engine.canvas_length)
-    for block in range(n_blocks):
+    engine.use(config)
+    lengths = canvas_lengths(config, engine.canvas_length, engine.flexible)
+    n_blocks = len(lengths)
+    for block, C in enumerate(lengths):
         rule = stop_rule() if stop_rule else default_stop_rule(config)
-        draft, steps = yield from _denoise_block(engine, config, stream, rows, block, finished, schedule, rule)
+        draft, steps = yield from _denoise_block(engine, config, stream, rows, block, C, finished, schedule, rule)
         tokens, stopped = close_canvas(draft, finished, config)
         yield BlockDone(block, tokens, steps, time.perf_counter() - began)
         finished |= stopped
@@ -74,19 +84,32 @@ def denoise_blocks(
             engine.commit(tokens)
 
 
-def _denoise_block(engine, config, stream, rows, block, finished, schedule, rule):
-    C, V = engine.canvas_length, engine.vocab_size
+def canvas_lengths(config: GenerationConfig, longest: int, flexible: bool = True) -> list[int]:
+    """Slots of each block's canvas until max_new_tokens are there. Raises DgemmaError for a first canvas too long."""
+    first = config.first_canvas or longest
+    if first > longest or longest % first:
+        raise DgemmaError(f"first_canvas is {first}, expected a divisor of the model's canvas of {longest}")
+    lengths, length = [], first if flexible else longest
+    while sum(lengths) < config.max_new_tokens:
+        lengths.append(length)
+        length = min(2 * length, longest)
+    return lengths
+
+
+def _denoise_block(engine, config, stream, rows, block, C, finished, schedule, rule):
+    V = engine.vocab_size
     draft = canvas = stream.canvas(rows, block, C, V)
-    engine.start(canvas)
+    play = InPlay(engine, canvas, config)
     settled = finished.copy()
     steps = np.zeros(len(rows), np.int32)
     for step in range(config.max_denoising_steps):
         running = ~settled
+        play.narrow(running)
         steps += running
         temperature = schedule(step)
         uniforms = stream.uniforms(rows, block, step, C)
         renoise = stream.renoise(rows, block, step, C, V)
-        new = engine.step(temperature, config.entropy_bound, uniforms, renoise)
+        new = play.step(temperature, uniforms, renoise)
         # A settled row keeps what it had when it settled; the passes the others still need do not change it.
         draft = np.where(running[:, None], new.draft, draft)
         canvas = np.where(running[:, None], new.canvas, canvas)

@@ -8,10 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 from .cache import PrefixCache
+from .config import GenerationConfig
 from .denoise import Step
 from .model import DiffusionGemma
 from .sampler import accept_mask
-from .vocabulary import read_vocabulary
+from .vocabulary import Reader, best_blocks
 
 # Prompt tokens encoded at once: bounds the memory of attention scores.
 PREFILL_CHUNK = 512
@@ -25,8 +26,11 @@ class MlxEngine:
         self.cache = cache or model.make_cache()
         self.canvas_length = model.config.canvas_length
         self.vocab_size = model.config.vocab_size
+        self.flexible = True
+        self.canvas = self.soft = None  # what the next step reads: (B, C) tokens, and (B, C, H) or None
         self._table = model.table
-        self._canvas = self._soft = None
+        self._settings = model.generation_config
+        self._flat = 1.0  # share of slots whose self-conditioning read all tokens in the step before
 
     @property
     def cache_bytes(self) -> int:
@@ -39,6 +43,9 @@ class MlxEngine:
     def copy(self) -> "MlxEngine":
         """An engine with the same prefix; encoding into one leaves the other as it is."""
         return MlxEngine(self.model, self.cache.copy())
+
+    def use(self, config: GenerationConfig) -> None:
+        self._settings = config
 
     def prefill(self, tokens: np.ndarray, padding: np.ndarray | None = None) -> None:
         """Append (B, T) tokens to the prefix; padding (B,) counts pad tokens at the left of each row."""
@@ -53,15 +60,40 @@ class MlxEngine:
     commit = prefill
 
     def start(self, canvas: np.ndarray) -> None:
-        self._canvas, self._soft = mx.array(canvas), None
+        self.canvas, self.soft, self._seen, self._flat = mx.array(canvas), None, self.cache, 1.0
+
+    def select(self, rows: np.ndarray, length: int) -> None:
+        if len(rows) < len(self.canvas):
+            self._seen = self._seen.select(mx.array(rows))
+        rows = mx.array(rows)
+        self.canvas = self.canvas[rows][:, :length]
+        self.soft = None if self.soft is None else self.soft[rows][:, :length]
 
     def step(self, temperature: float, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray) -> Step:
-        hidden = self.model.denoise_hidden(self._canvas, self.cache, self._soft)  # (B, C, H)
-        cap, uniform = self.model.config.final_logit_softcapping, mx.array(uniforms).reshape(-1)
-        read = read_vocabulary(hidden.reshape(uniform.size, -1), self._table, cap, temperature, uniform)
-        draft, entropy, sampled = (x.reshape(self._canvas.shape) for x in (read.draft, read.entropy, read.sampled))
+        hidden = self.model.denoise_hidden(self.canvas, self._seen, self.soft)  # (B, C, H)
+        return self.read(hidden, temperature, entropy_bound, uniforms, renoise)
+
+    def read(self, hidden, temperature: float, entropy_bound: float, uniforms, renoise) -> Step:
+        """A step behind the layers: hidden (B, C, H) → what comes of it, and what the next step reads."""
+        B, C, H = hidden.shape
+        reader = Reader(hidden.reshape(B * C, H), self._table, self.model.config.final_logit_softcapping, temperature)
+        k = self._settings.conditioning_k
+        # Where most slots were unsure, one pass that reads everything is the cheaper one.
+        few = k is not None and self._flat < 0.5
+        found = reader.read(mx.array(uniforms).reshape(-1), mix=not few)
+        soft, covered = found.soft, None
+        if few:
+            soft, covered = reader.mix_blocks(found, k)
+        elif k is not None:
+            covered = best_blocks(found.masses, k)[1]
+        draft, entropy, sampled = (x.reshape(B, C) for x in (found.draft, found.entropy, found.sampled))
         accepted = accept_mask(entropy, entropy_bound)
-        self._canvas = mx.where(accepted, sampled, mx.array(renoise))
-        self._soft = self.model.scaled(read.soft).reshape(hidden.shape)
-        mx.eval(draft, self._canvas, accepted, entropy, self._soft)
-        return Step(np.array(draft), np.array(self._canvas), np.array(accepted), np.array(entropy))
+        self.canvas = mx.where(accepted, sampled, mx.array(renoise))
+        mx.eval(draft, self.canvas, accepted, entropy, soft, [] if covered is None else covered)  # a step's one wait
+        if covered is not None:
+            flat = np.flatnonzero(np.array(covered) < 1 - self._settings.conditioning_epsilon)
+            self._flat = len(flat) / (B * C)
+            if few and len(flat):
+                soft = reader.mix_slots(found, soft, flat)
+        self.soft = self.model.scaled(soft).reshape(B, C, H)
+        return Step(np.array(draft), np.array(self.canvas), np.array(accepted), np.array(entropy))

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .config import LayerConfig
+from .elementary import gelu
 from .products import Packing, packed_product
 
 
@@ -81,7 +82,7 @@ class Rope:
 
 def geglu(gate, up):
     """Tanh-approximated GELU of the gate, times up."""
-    return nn.gelu_approx(gate) * up
+    return gelu(gate) * up
 
 
 class MLP(nn.Module):

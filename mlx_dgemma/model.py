@@ -13,6 +13,7 @@ import mlx.nn as nn
 from .attention import Attention
 from .cache import PrefixCache
 from .config import GenerationConfig, LayerConfig, ModelConfig
+from .elementary import softcap
 from .layers import MLP, RMSNorm, unit_rms
 from .masks import canvas_mask, encoder_mask
 from .moe import Experts, Router
@@ -167,8 +168,7 @@ class DiffusionGemma(nn.Module):
 
     def logits(self, hidden):
         """hidden (B, C, H) → softcapped logits (B, C, V), float32"""
-        cap = self._config.final_logit_softcapping
-        return cap * mx.tanh(self.table.logits(hidden).astype(mx.float32) / cap)
+        return softcap(self.table.logits(hidden), self._config.final_logit_softcapping)
 
     def soft_embedding(self, logits):
         """softmax(logits) @ E × √H: (B, C, V) → (B, C, H)"""

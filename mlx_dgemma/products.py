@@ -43,13 +43,17 @@ def expert_product(x, weight, experts):
     return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=True)
 
 
-def packed_expert_product(x, arrays, packing: Packing, experts):
-    """`expert_product` with packed matrices."""
+def packed_expert_product(x, arrays, packing: Packing, experts, transpose: bool = True):
+    """`expert_product` with packed matrices; without `transpose` x (M, 1, out) → (M, 1, in)."""
     how = packing._asdict()
     if on_cpu():
-        unpacked = lambda e: mx.dequantize(*(a[e] for a in arrays), **how, dtype=mx.float32)  # noqa: E731
+
+        def unpacked(e):
+            matrix = mx.dequantize(*(a[e] for a in arrays), **how, dtype=mx.float32)
+            return matrix if transpose else matrix.T
+
         return _one_by_one(x, experts, arrays[0].shape[0], unpacked)
-    return mx.gather_qmm(x, *arrays, rhs_indices=experts, transpose=True, sorted_indices=True, **how)
+    return mx.gather_qmm(x, *arrays, rhs_indices=experts, transpose=transpose, sorted_indices=True, **how)
 
 
 def _one_by_one(x, experts, n_experts, matrix):

@@ -19,8 +19,8 @@ class LinearAnneal(NamedTuple):
     n_steps: int
 
     def __call__(self, step: int) -> float:
-        """`step` counts from 0."""
-        return self.t_min + (self.t_max - self.t_min) * ((self.n_steps - step) / self.n_steps)
+        """`step` counts from 0; behind the schedule's end it stays at t_min."""
+        return self.t_min + (self.t_max - self.t_min) * (max(0, self.n_steps - step) / self.n_steps)
 
 
 class StableAndConfident:
@@ -44,9 +44,46 @@ class StableAndConfident:
         return stable & confident
 
 
+class Plateau:
+    """A row stops once its draft repeated and its mean entropy no longer falls by a tenth, or is confident."""
+
+    def __init__(self, confidence: float):
+        self.confidence, self.draft, self.mean = confidence, None, None
+
+    def __call__(self, draft: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+        mean = entropy.mean(axis=-1, dtype=np.float32)
+        may = np.zeros(len(draft), bool)
+        if self.draft is not None:
+            may = (self.draft == draft).all(axis=-1) & ((mean < self.confidence) | (mean > 0.9 * self.mean))
+        self.draft, self.mean = draft, mean
+        return may
+
+
+class Patience:
+    """A row stops once every slot is sure, or kept its token for `patience` steps. Slots need not settle together."""
+
+    def __init__(self, patience: int, confidence: float):
+        self.patience, self.confidence = patience, confidence
+        self.draft = self.age = None
+
+    def __call__(self, draft: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+        same = np.zeros_like(draft, bool) if self.draft is None else self.draft == draft
+        self.age = same * (1 + (0 if self.age is None else self.age))  # (B, C) steps that a token lasted
+        self.draft = draft
+        return ((entropy < self.confidence) | (self.age >= self.patience)).all(axis=-1)
+
+
 def default_schedule(config: GenerationConfig) -> LinearAnneal:
-    return LinearAnneal(config.t_min, config.t_max, config.max_denoising_steps)
+    return LinearAnneal(config.t_min, config.t_max, config.schedule_steps or config.max_denoising_steps)
 
 
-def default_stop_rule(config: GenerationConfig) -> StableAndConfident:
+def default_stop_rule(config: GenerationConfig):
+    """The rule that `config.stop` names, for one block: (draft (B, C), entropy (B, C)) → which rows may stop (B,)."""
+    match config.stop:
+        case "confident":
+            return StableAndConfident(0, config.confidence_threshold)
+        case "plateau":
+            return Plateau(config.confidence_threshold)
+        case "patience":
+            return Patience(config.patience, config.confidence_threshold)
     return StableAndConfident(config.stability_threshold, config.confidence_threshold)

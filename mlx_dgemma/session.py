@@ -40,14 +40,14 @@ class Session:
         thinking: bool = False,
         rows: list[int] | None = None,
     ) -> Iterator[StepDone | BlockDone | Done]:
-        """Answer each conversation (a list of messages). rows: noise row ids, 0, 1, … by default.
+        """Answer each conversation (a list of messages, or a prompt's tokens). rows: noise row ids, 0, 1, … by default.
 
         Raises DgemmaError for an empty prompt or one that does not fit the context.
         """
         began = time.perf_counter()
         if not conversations:
             raise DgemmaError("found no prompt in the batch, expected at least one")
-        prompts = [self._tokenizer.chat(messages, thinking) for messages in conversations]
+        prompts = [x if _is_tokens(x) else self._tokenizer.chat(x, thinking) for x in conversations]
         for prompt in prompts:
             self._check_context(len(prompt), settings.max_new_tokens)
         if self._keep_prefix and len(prompts) == 1:
@@ -130,6 +130,10 @@ def collect(tokens: np.ndarray, settings: GenerationConfig) -> tuple[list[list[i
         kept.append(row[: at[0] + 1].tolist() if at.size else row.tolist())
         stopped.append(bool(at.size))
     return kept, stopped
+
+
+def _is_tokens(conversation):
+    return bool(conversation) and all(isinstance(token, int) for token in conversation)
 
 
 def _common_length(a, b):

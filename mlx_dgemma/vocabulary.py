@@ -5,7 +5,9 @@ Source   lm_head, softmax and self-conditioning are attention over the vocabular
          as in arXiv 2112.05682 (memory-efficient attention)
 Differs  transformers makes (M, V) arrays in float32, several of them; here none is larger than (M, K)
 
-`Reading` is what the pass found. A token's logit is softcapped and divided by the temperature, in float32.
+`Reading` is what the pass found. A token's logit is softcapped and divided by the temperature, in float32. A slot
+that is sure of few tokens can do without the rest of the table in self-conditioning (`mix_blocks`): what that leaves
+out is known, because all masses are.
 """
 
 import math
@@ -13,11 +15,15 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from .products import Packing, expert_product, packed_expert_product, packed_product
+from .elementary import exp, softcap
+from .products import Packing, expert_product, on_cpu, packed_expert_product, packed_product
 
 BLOCK, BLOCKS = 64, 512  # tokens whose mass is summed at least, and how many such sums a running sum may add up
-CHUNK_ELEMENTS = 1 << 21  # of (M, K): 8 MB in float32, and a few of them at a time
+# Of (M, K), and there are a few of them at a time: a CPU wants them in its cache, a GPU wants few launches.
+CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 22
+BUCKET = 32  # slots that are read anew come in multiples of this
 
 
 class Reading(NamedTuple):
@@ -26,7 +32,9 @@ class Reading(NamedTuple):
     draft: mx.array  # (M,) int32, the likeliest token
     entropy: mx.array  # (M,) nats
     sampled: mx.array  # (M,) int32, by inverting the cumulative distribution at a uniform number
-    soft: mx.array  # (M, H) expected embedding, unscaled, in the table's type
+    soft: mx.array | None  # (M, H) expected embedding, unscaled
+    masses: mx.array  # (M, V / block) e^(logit - top), summed by blocks of tokens
+    top: mx.array  # (M, 1) the largest logit
 
 
 class _Chunk(NamedTuple):
@@ -34,7 +42,7 @@ class _Chunk(NamedTuple):
     best: mx.array  # (M,) its row
     masses: mx.array  # (M, K / BLOCK) sums of e^(logit - largest)
     weighted: mx.array  # (M,) sum of e^… × (logit - largest)
-    soft: mx.array  # (M, H) sum of e^… × row, float32
+    soft: mx.array | None  # (M, H) sum of e^… × row, float32
 
 
 class Table:
@@ -62,57 +70,106 @@ class Table:
 
     def block_logits(self, hidden, block, size: int):
         """Logits of one block of `size` rows per slot: hidden (M, H), block (M,) → (M, size)"""
+        return self._by_block(hidden, block, size, transpose=True)
+
+    def block_mix(self, shares, block):
+        """One block of rows mixed per slot: shares (M, size), block (M,) → (M, H)"""
+        return self._by_block(shares, block, shares.shape[-1], transpose=False)
+
+    def _by_block(self, x, block, size, transpose):
         order = mx.argsort(block)
-        blocks, x, n = [a.reshape(-1, size, a.shape[-1]) for a in self.arrays], hidden[order][:, None], block[order]
-        out = packed_expert_product(x, blocks, self.packing, n) if self.packing else expert_product(x, blocks[0], n)
+        blocks, x, n = [a.reshape(-1, size, a.shape[-1]) for a in self.arrays], x[order][:, None], block[order]
+        if self.packing:
+            out = packed_expert_product(x, blocks, self.packing, n, transpose)
+        else:
+            out = expert_product(x, blocks[0] if transpose else blocks[0].swapaxes(-1, -2), n)
         return out[mx.argsort(order), 0]
 
 
-def read_vocabulary(hidden, table: Table, cap: float, temperature: float, uniforms) -> Reading:
-    """hidden (M, H), uniforms (M,) in (0, 1) → Reading"""
-    M, V = hidden.shape[0], table.n_rows
-    block = block_of(V)
-    K = chunk_of(M, V, block)
+class Reader:
+    """The distributions of one step: hidden (M, H), read against the table."""
 
-    def processed(x):
-        return mx.tanh(x.astype(mx.float32) / cap) * (cap / temperature)
+    def __init__(self, hidden, table: Table, cap: float, temperature: float):
+        self.hidden, self.table, self.cap, self.temperature = hidden, table, cap, temperature
+        self.block = block_of(table.n_rows)
 
-    chunks = []
-    for start in range(0, V, K):
-        rows = table.rows(start, min(start + K, V))
-        chunks.append(_read_chunk(processed(table.logits(hidden, rows)), start, block, table, rows, hidden.dtype))
-    largest = mx.concatenate([c.largest for c in chunks], axis=-1)  # (M, chunks)
-    top = largest.max(axis=-1, keepdims=True)
-    scale = mx.exp(largest - top)
-    draft = mx.take_along_axis(
-        mx.stack([c.best for c in chunks], axis=-1), largest.argmax(axis=-1, keepdims=True), axis=-1
-    )
-    masses = mx.concatenate([c.masses * scale[:, i : i + 1] for i, c in enumerate(chunks)], axis=-1)  # (M, blocks)
-    total = masses.sum(axis=-1)
-    # Each chunk's sum of e × (z - its largest), seen from the largest of all.
-    weighted = sum(
-        (c.weighted + c.masses.sum(axis=-1) * (largest[:, i] - top[:, 0])) * scale[:, i] for i, c in enumerate(chunks)
-    )
-    soft = sum(c.soft * scale[:, i : i + 1] for i, c in enumerate(chunks)) / total[:, None]
-    number, target = choose_block(masses, uniforms)
-    inside = mx.exp(processed(table.block_logits(hidden, number, block)) - top)
-    sampled = number * block + mx.minimum((mx.cumsum(inside, axis=-1) < target).sum(axis=-1), block - 1)
-    return Reading(
-        draft[:, 0].astype(mx.int32),
-        mx.log(total) - weighted / total,
-        sampled.astype(mx.int32),
-        soft.astype(hidden.dtype),
-    )
+    def logits(self, x):
+        return softcap(x, self.cap, 1 / self.temperature)
+
+    def read(self, uniforms, mix: bool = True) -> Reading:
+        """uniforms (M,) in (0, 1). mix: also the expected embedding, from all tokens."""
+        chunks = []
+        for start, rows in self._chunks():
+            if chunks:  # one after the other: evaluated side by side they would all be in memory at once
+                rows = mx.depends(rows, [x for x in chunks[-1] if x is not None])
+            chunks.append(self._chunk(start, rows, mix))
+        largest = mx.concatenate([c.largest for c in chunks], axis=-1)  # (M, chunks)
+        top = largest.max(axis=-1, keepdims=True)
+        scale = exp(largest - top)
+        best = mx.stack([c.best for c in chunks], axis=-1)
+        draft = mx.take_along_axis(best, largest.argmax(axis=-1, keepdims=True), axis=-1)[:, 0]
+        masses = mx.concatenate([c.masses * scale[:, i : i + 1] for i, c in enumerate(chunks)], axis=-1)
+        total = masses.sum(axis=-1)
+        # Each chunk's sum of e × (logit - its largest), seen from the largest of all.
+        weighted = sum(
+            (c.weighted + c.masses.sum(axis=-1) * (largest[:, i] - top[:, 0])) * scale[:, i]
+            for i, c in enumerate(chunks)
+        )
+        soft = None
+        if mix:
+            soft = sum(c.soft * scale[:, i : i + 1] for i, c in enumerate(chunks)) / total[:, None]
+            soft = soft.astype(self.hidden.dtype)
+        number, target = choose_block(masses, uniforms)
+        inside = exp(self.logits(self.table.block_logits(self.hidden, number, self.block)) - top)
+        inside = mx.minimum((mx.cumsum(inside, axis=-1) < target).sum(axis=-1), self.block - 1)
+        sampled = (number * self.block + inside).astype(mx.int32)
+        return Reading(draft.astype(mx.int32), mx.log(total) - weighted / total, sampled, soft, masses, top)
+
+    def mix_blocks(self, found: Reading, k: int):
+        """The expected embedding from each slot's k heaviest blocks, (M, H), and the share of mass they hold, (M,)."""
+        numbers, covered = best_blocks(found.masses, k)  # (M, k)
+        slot, number = mx.repeat(mx.arange(len(numbers)), numbers.shape[-1]), numbers.reshape(-1)
+        z = self.logits(self.table.block_logits(self.hidden[slot], number, self.block))
+        shares = exp(z - found.top[slot]) / (found.masses.sum(axis=-1) * covered)[slot][:, None]
+        parts = self.table.block_mix(shares.astype(self.hidden.dtype), number)
+        return parts.reshape(*numbers.shape, -1).sum(axis=1), covered
+
+    def mix_slots(self, found: Reading, soft, slots: np.ndarray):
+        """`soft` with these slots' expected embeddings read from all tokens."""
+        # Few shapes: a multiple of BUCKET, the last slot as often as it takes.
+        slots = mx.array(np.append(slots, np.full(-len(slots) % BUCKET, slots[-1])))
+        few = Reader(self.hidden[slots], self.table, self.cap, self.temperature)
+        top, total = found.top[slots], found.masses[slots].sum(axis=-1, keepdims=True)
+        mixed = mx.zeros((len(slots), soft.shape[-1]), mx.float32)
+        for _, rows in few._chunks():
+            rows = mx.depends(rows, [mixed])
+            e = exp(self.logits(self.table.logits(few.hidden, rows)) - top)
+            mixed = mixed + self.table.mix(e.astype(soft.dtype), rows).astype(mx.float32)
+        soft = mx.array(soft)
+        soft[slots] = (mixed / total).astype(soft.dtype)
+        return soft
+
+    def _chunks(self):
+        V, K = self.table.n_rows, chunk_of(len(self.hidden), self.table.n_rows, self.block)
+        return [(start, self.table.rows(start, min(start + K, V))) for start in range(0, V, K)]
+
+    def _chunk(self, start, rows, mix):
+        z = self.logits(self.table.logits(self.hidden, rows))
+        best = z.argmax(axis=-1)
+        largest = mx.take_along_axis(z, best[:, None], axis=-1)
+        z = z - largest
+        e = exp(z)
+        # By blocks: one float32 sum over thousands of terms loses the small ones.
+        masses, weighted = (x.reshape(x.shape[0], -1, self.block).sum(axis=-1) for x in (e, e * z))
+        soft = self.table.mix(e.astype(self.hidden.dtype), rows).astype(mx.float32) if mix else None
+        return _Chunk(largest, best + start, masses, weighted.sum(axis=-1), soft)
 
 
-def _read_chunk(z, start, block, table, rows, dtype):
-    best = z.argmax(axis=-1)
-    largest = mx.take_along_axis(z, best[:, None], axis=-1)
-    z = z - largest
-    e = mx.exp(z)
-    masses = e.reshape(e.shape[0], -1, block).sum(axis=-1)
-    soft = table.mix(e.astype(dtype), rows).astype(mx.float32)
-    return _Chunk(largest, best + start, masses, (e * z).sum(axis=-1), soft)
+def best_blocks(masses, k: int):
+    """The k heaviest blocks of each slot, (M, k), and the share of mass they hold, (M,)."""
+    k = min(k, masses.shape[-1])
+    numbers = mx.argpartition(-masses, kth=k - 1, axis=-1)[:, :k]
+    return numbers, mx.take_along_axis(masses, numbers, axis=-1).sum(axis=-1) / masses.sum(axis=-1)
 
 
 def choose_block(masses, uniforms):
@@ -137,5 +194,6 @@ def block_of(V: int) -> int:
 
 
 def chunk_of(M: int, V: int, block: int) -> int:
-    """Rows of the table per chunk: whole blocks, as many as CHUNK_ELEMENTS allow."""
-    return min(V, max(1, CHUNK_ELEMENTS // (M * block)) * block)
+    """Rows of the table per chunk: whole blocks."""
+    elements = CPU_CHUNK if on_cpu() else GPU_CHUNK
+    return min(V, max(1, elements // (M * block)) * block)

@@ -53,7 +53,7 @@ def test_mlx_optiqs_layout_loads(tmp_path, sidecar):
     assert {name.split(".")[0] for name in vision} == {p.removeprefix(STRIPPED).rstrip(".") for p in VISION_PREFIXES}
     model, _ = mlx_dgemma.load(tmp_path / "optiq")
     layers = model.model.decoder.layers
-    assert (layers[1].experts.down_proj.bits, layers[2].experts.down_proj.bits) == (4, 8)
+    assert (layers[1].experts.down_proj.packing.bits, layers[2].experts.down_proj.packing.bits) == (4, 8)
     name = "model.decoder.layers.2.experts.down_proj.weight"
     assert mx.array_equal(layers[2].experts.down_proj.weight, arrays[name])
     cache = model.make_cache()

@@ -1,9 +1,11 @@
 """The block loop on an engine made of a script: what is stopped, padded, committed and reported."""
 
 import numpy as np
+import pytest
 
 from mlx_dgemma.config import GenerationConfig
-from mlx_dgemma.denoise import Step, close_canvas, denoise_blocks
+from mlx_dgemma.denoise import Step, canvas_lengths, close_canvas, denoise_blocks
+from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.events import BlockDone, StepDone
 from mlx_dgemma.noise import NoiseStream
 from mlx_dgemma.session import collect, left_padded
@@ -16,18 +18,28 @@ class ScriptedEngine:
 
     canvas_length, vocab_size = 4, 50
 
-    def __init__(self, scripts, delay):
-        self.scripts, self.delay = np.array(scripts), np.array(delay)
-        self.block, self.taken, self.committed, self.temperatures = -1, 0, [], []
+    def __init__(self, scripts, delay, flexible=False):
+        self.scripts, self.delay, self.flexible = np.array(scripts), np.array(delay), flexible
+        self.block, self.taken, self.committed, self.temperatures, self.shapes = -1, 0, [], [], []
+
+    def use(self, config):
+        self.config = config
 
     def start(self, canvas):
         self.block, self.taken = self.block + 1, 0
+        self.rows, self.length = np.arange(len(canvas)), canvas.shape[1]
+
+    def select(self, rows, length):
+        self.rows, self.length = self.rows[rows], length
 
     def step(self, temperature, entropy_bound, uniforms, renoise):
+        assert uniforms.shape == renoise.shape == (len(self.rows), self.length)
         self.taken += 1
         self.temperatures.append(temperature)
-        ready = self.taken >= self.delay
-        draft = np.where(ready[:, None], self.scripts[self.block], 40 + self.taken)
+        self.shapes.append(uniforms.shape)
+        ready = (self.taken >= self.delay)[self.rows]
+        script = self.scripts[self.block][self.rows][:, : self.length]
+        draft = np.where(ready[:, None], script, 40 + self.taken)
         entropy = np.where(ready[:, None], 0.0, 1.0) * np.ones(draft.shape, np.float32)
         return Step(draft, renoise, np.ones(draft.shape, bool), entropy)
 
@@ -88,3 +100,54 @@ def test_pad_follows_the_first_stop_id():
 def test_left_padding():
     tokens, padding = left_padded([[7, 8, 9], [6]], PAD)
     assert tokens.tolist() == [[7, 8, 9], [PAD, PAD, 6]] and padding.tolist() == [0, 2]
+
+
+def test_settled_rows_are_left_out_and_nothing_changes():
+    scripts, delay = [[[7, 8, 9, EOS]] * 4, [[3, 4, EOS, 5]] * 4], [1, 1, 1, 4]
+    whole, left_out = ScriptedEngine(scripts, delay), ScriptedEngine(scripts, delay, flexible=True)
+    a, b = run(whole, 4), run(left_out, 4)
+    assert set(whole.shapes) == {(4, 4)}
+    assert left_out.shapes == [(4, 4)] * 2 + [(1, 4)] * 3  # three rows settle after two steps, the last after five
+    for x, y in zip(a[0], b[0], strict=True):
+        assert (x.tokens == y.tokens).all() and (x.steps == y.steps).all()
+    for x, y in zip(a[1], b[1], strict=True):
+        assert (x.draft == y.draft).all() and (x.canvas == y.canvas).all() and (x.running == y.running).all()
+
+
+def test_rows_finished_in_an_earlier_block_are_not_computed():
+    engine = ScriptedEngine([[[7, EOS, 9, 9], [7, 7, 7, 7]], [[3, 4, 5, EOS]] * 2], [1, 1], flexible=True)
+    blocks, _ = run(engine, 2)
+    assert engine.shapes == [(2, 4)] * 2 + [(1, 4)] * 2
+    assert blocks[1].tokens.tolist() == [[PAD] * 4, [3, 4, 5, EOS]]
+
+
+def test_the_tail_behind_a_settled_end_is_left_out():
+    engine = ScriptedEngine([[[EOS, 8, 9, 9], [7, EOS, 9, 9]]], [1, 1], flexible=True)
+    blocks, _ = run(engine, 2, drop_tail=True, stability_threshold=3)
+    assert engine.shapes == [(2, 4)] * 2 + [(2, 2)] * 2
+    assert blocks[0].tokens.tolist() == [[EOS, PAD, PAD, PAD], [7, EOS, PAD, PAD]]
+    stiff = ScriptedEngine([[[EOS, 8, 9, 9], [7, EOS, 9, 9]]], [1, 1])
+    assert run(stiff, 2, drop_tail=True, stability_threshold=3)[0][0].tokens.tolist() == blocks[0].tokens.tolist()
+    assert set(stiff.shapes) == {(2, 4)}
+
+
+def test_a_tail_is_kept_while_the_end_moves_or_is_unsure():
+    engine = ScriptedEngine([[[EOS, 8, 9, 9], [7, 8, 9, 9]]], [1, 1], flexible=True)  # the second row has no end
+    run(engine, 2, drop_tail=True, max_new_tokens=4, stability_threshold=3)
+    assert set(engine.shapes) == {(2, 4)}
+
+
+def test_canvases_grow_from_the_first_one():
+    config = GenerationConfig(max_new_tokens=150, first_canvas=16)
+    assert canvas_lengths(config, 64) == [16, 32, 64, 64]
+    assert canvas_lengths(config, 64, flexible=False) == [64, 64, 64]
+    assert canvas_lengths(config.replace(first_canvas=64), 64) == [64, 64, 64]
+    for wrong in (48, 128):
+        with pytest.raises(DgemmaError, match=f"first_canvas is {wrong}, expected a divisor of the model's canvas"):
+            canvas_lengths(config.replace(first_canvas=wrong), 64)
+
+
+def test_the_schedule_is_apart_from_the_cap():
+    engine = ScriptedEngine([[[7, 7, 7, 7]]], [9])
+    run(engine, max_new_tokens=4, max_denoising_steps=5, schedule_steps=2)
+    assert engine.temperatures == pytest.approx([0.8, 0.6, 0.4, 0.4, 0.4])

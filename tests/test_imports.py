@@ -16,11 +16,25 @@ MAY_IMPORT = {
 # fmt: off
 WITHOUT_MLX = [
     "config", "tensors", "noise", "errors", "shards", "hub", "tokenizer", "units",
-    "events", "schedule", "denoise", "session", "view", "cli", "floats", "quality",
+    "events", "schedule", "denoise", "in_play", "presets", "session", "view", "cli", "floats", "quality",
     "gguf.model", "gguf.metadata", "gguf.vocabulary", "gguf.rope", "gguf.gemma4", "gguf.sentencepiece_model",
 ]
 # fmt: on
-WITH_MLX = {"loading", "model", "engine", "api", "gguf_weights", "attention", "moe", "layers", "cache", "sampler"}
+WITH_MLX = {
+    "loading",
+    "model",
+    "engine",
+    "api",
+    "gguf_weights",
+    "attention",
+    "moe",
+    "layers",
+    "cache",
+    "sampler",
+    "vocabulary",
+    "products",
+    "elementary",
+}
 
 
 def imported(file):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mlx_dgemma.schedule import LinearAnneal, StableAndConfident
+from mlx_dgemma.config import GenerationConfig
+from mlx_dgemma.schedule import LinearAnneal, Patience, Plateau, StableAndConfident, default_stop_rule
 
 A, B = np.array([[1, 2]]), np.array([[1, 3]])
 SURE, UNSURE = np.array([[0.0, 0.001]], np.float32), np.array([[0.0, 1.0]], np.float32)
@@ -35,3 +36,25 @@ def test_rows_stop_on_their_own():
     rule = StableAndConfident(1, 0.005)
     rule(np.array([[1], [2]]), np.zeros((2, 1), np.float32))
     assert rule(np.array([[1], [3]]), np.zeros((2, 1), np.float32)).tolist() == [True, False]
+
+
+def test_a_plateau_needs_a_repeated_draft():
+    rule, flat = Plateau(0.005), [UNSURE, UNSURE * 0.5, UNSURE * 0.49, UNSURE * 0.49]
+    assert [bool(rule(d, e)[0]) for d, e in zip([A, A, A, B], flat, strict=True)] == [False, False, True, False]
+    assert bool(rule(B, SURE)[0])  # confident as well
+
+
+def test_patience_lets_slots_settle_one_by_one():
+    rule = Patience(2, 0.005)
+    # The first slot is sure from the start; the second changes once and then lasts.
+    drafts, unsure = [A, B, B, B], np.array([[0.0, 1.0]], np.float32)
+    assert [bool(rule(draft, unsure)[0]) for draft in drafts] == [False, False, False, True]
+    assert bool(Patience(2, 0.005)(A, SURE)[0])
+
+
+@pytest.mark.parametrize("name", ["stable", "confident", "plateau", "patience"])
+def test_every_rule_has_a_name_and_tells_rows_apart(name):
+    rule = default_stop_rule(GenerationConfig(stop=name))
+    draft, entropy = np.array([[1, 2], [3, 4]]), np.array([[0, 0], [1, 1]], np.float32)
+    rule(draft, entropy)
+    assert rule(draft + np.array([[0], [1]]), entropy).tolist() == [True, False]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma import vocabulary
-from mlx_dgemma.vocabulary import Table, block_of, chunk_of, read_vocabulary
+from mlx_dgemma.vocabulary import Reader, Table, block_of, chunk_of
 
 CAP, TEMPERATURE = 30.0, 0.6
 
@@ -44,11 +44,11 @@ def test_one_pass_reads_what_whole_arrays_say(V, scale, monkeypatch):
     hidden, weight, uniforms = inputs(V, 9, V, 32, scale)
     if scale == 0.0:
         hidden[:] = 1e-3  # all but equal: no draft is decided by rounding
-    for elements in (1, 9 * 100, 1 << 21):
-        monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", elements)
+    for elements in (1, 9 * 100, 1 << 20):
+        monkeypatch.setattr(vocabulary, "CPU_CHUNK", elements)
         embedding = nn.Embedding(V, 32)
         embedding.weight = mx.array(weight)
-        found = read_vocabulary(mx.array(hidden), Table(embedding), CAP, TEMPERATURE, mx.array(uniforms))
+        found = Reader(mx.array(hidden), Table(embedding), CAP, TEMPERATURE).read(mx.array(uniforms))
         agrees(found, hidden, weight, uniforms)
 
 
@@ -60,7 +60,7 @@ def test_a_packed_table_is_read_as_it_is(bits, mode):
     packed = plain.to_quantized(group_size=32, bits=bits, mode=mode)
     names = [packed[n] for n in ("weight", "scales", "biases") if n in packed]
     weight = np.array(mx.dequantize(*names, group_size=32, bits=bits, mode=mode, dtype=mx.float32))
-    found = read_vocabulary(mx.array(hidden), Table(packed), CAP, TEMPERATURE, mx.array(uniforms))
+    found = Reader(mx.array(hidden), Table(packed), CAP, TEMPERATURE).read(mx.array(uniforms))
     agrees(found, hidden, weight, uniforms, 1e-4)
 
 
@@ -70,7 +70,7 @@ def test_what_has_no_mass_is_never_drawn():
     weight[700] = 100.0
     embedding.weight = mx.array(weight)
     for u in (6e-8, 0.5, 1 - 6e-8):
-        found = read_vocabulary(mx.ones((3, 4)), Table(embedding), CAP, 0.4, mx.full((3,), u))
+        found = Reader(mx.ones((3, 4)), Table(embedding), CAP, 0.4).read(mx.full((3,), u))
         assert found.sampled.tolist() == found.draft.tolist() == [700] * 3
         assert np.abs(np.array(found.entropy)).max() < 1e-6
 
@@ -80,7 +80,7 @@ def test_no_temperature_overflows(temperature):
     hidden, weight, uniforms = inputs(2, 4, 512, 16, 30.0)
     embedding = nn.Embedding(512, 16)
     embedding.weight = mx.array(-np.abs(weight))
-    found = read_vocabulary(mx.array(np.abs(hidden)), Table(embedding), CAP, temperature, mx.array(uniforms))
+    found = Reader(mx.array(np.abs(hidden)), Table(embedding), CAP, temperature).read(mx.array(uniforms))
     assert all(np.isfinite(np.array(x)).all() for x in found)
 
 
@@ -90,4 +90,33 @@ def test_shapes_of_chunks():
         assert V % block == 0 and V // block <= max(vocabulary.BLOCKS, V if V % 2 else 0)
         for M in (1, 64, 256, 1024):
             K = chunk_of(M, V, block)
-            assert K == V or (K % block == 0 and (M * K <= vocabulary.CHUNK_ELEMENTS or block == K))
+            assert K == V or (K % block == 0 and (M * K <= vocabulary.CPU_CHUNK or block == K))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_few_blocks_hold_what_they_say(packed):
+    hidden, weight, uniforms = inputs(5, 40, 1024, 64, 2.0)
+    embedding = nn.Embedding(1024, 64)
+    embedding.weight = mx.array(weight)
+    if packed:
+        embedding = embedding.to_quantized(group_size=64, bits=8)
+        weight = np.array(mx.dequantize(*Table(embedding).arrays, group_size=64, bits=8))
+    reader = Reader(mx.array(hidden), Table(embedding), CAP, TEMPERATURE)
+    found = reader.read(mx.array(uniforms), mix=False)
+    assert found.soft is None
+    z, _, _, exact = slowly(hidden, weight, uniforms)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    blocks = np.sort(p.reshape(40, -1, 64).sum(-1), axis=-1)
+    for k in (1, 3, 16, 99):
+        soft, covered = reader.mix_blocks(found, k)
+        covered = np.array(covered)
+        assert np.abs(covered - blocks[:, -k:].sum(-1)).max() < 1e-4
+        # What is left out weighs 1 - covered, and no row of the table is longer than the longest.
+        error = np.linalg.norm(np.array(soft) - exact, axis=-1)
+        assert (error < 2 * (1 - covered) * np.linalg.norm(weight, axis=-1).max() + 2e-3).all()
+    assert covered.min() > 0.9999
+    slots = np.flatnonzero(np.arange(40) % 3 == 0)
+    mended = np.array(reader.mix_slots(found, mx.zeros((40, 64)), slots))
+    assert np.abs(mended[slots] - exact[slots]).max() < (2e-3 if packed else 1e-5)
+    assert (np.delete(mended, slots, axis=0) == 0).all()

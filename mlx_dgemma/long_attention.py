@@ -1,0 +1,56 @@
+"""Attention over a long prefix: keys by chunks, so that no array of scores is as long as the prefix.
+
+Shapes   B rows, T queries, Nq query heads, N key-value heads, G = Nq / N, D head_dim, K keys
+Source   arXiv 1805.02867 (softmax with a running maximum), arXiv 2112.05682 (memory-efficient attention)
+Differs  scores and sums are float32 also where queries and keys are bfloat16
+
+MLX has no fused kernel for the full layers' head_dim of 512: it makes all (B, Nq, T, K) scores, 537 MB for a canvas of
+256 after 32,768 tokens. Here about ten chunks of them are alive at once, because MLX prepares operations ahead of
+those that run. Waiting for each chunk would leave one, but also attend in the last layer of a prefill, whose output
+nobody reads, and forbid mx.compile.
+"""
+
+import mlx.core as mx
+
+FEW_KEYS = 4096  # so many are read by MLX's own call
+CHUNK_KEYS = 512  # as many as head_dim: a chunk's scores are no larger than the queries, in float32
+LOWEST = mx.finfo(mx.float32).min
+
+
+def attention(q, keys, values, mask=None):
+    """softmax(q @ keysᵀ) @ values: q (B, Nq, T, D), keys and values (B, N, K, D) → (B, Nq, T, D)
+
+    mask: which keys a query sees, boolean, (T, K) or (B, 1, T or 1, K); None: all. There is no 1 / sqrt(D).
+    """
+    if keys.shape[2] <= FEW_KEYS:
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=1.0, mask=mask)
+    return _by_chunks(q, keys, values, mask)
+
+
+def _by_chunks(q, keys, values, mask):
+    B, Nq, T, D = q.shape
+    N, K = keys.shape[1:3]
+    grouped = q.reshape(B, N, Nq // N, T, D).astype(mx.float32)
+    largest = mx.full((B, N, Nq // N, T, 1), LOWEST)  # score so far
+    total = mx.zeros_like(largest)  # sum of e^(score - largest)
+    mixed = mx.zeros_like(grouped)  # sum of e^… × value
+    for start in range(0, K, CHUNK_KEYS):
+        # MLX may compute in any order: no chunk's scores before the last chunk is summed up.
+        k, v = mx.depends([a[:, :, None, start : start + CHUNK_KEYS] for a in (keys, values)], [total, mixed])
+        scores = grouped @ k.astype(mx.float32).swapaxes(-1, -2)  # (B, N, G, T, chunk)
+        if mask is not None:
+            scores = mx.where(_chunk_of(mask, start), scores, LOWEST)
+        # Where a query has seen no key yet, LOWEST is its largest score: e^0 is summed for keys that it does not see,
+        # and forgotten, × e^-inf, with the first key that it does.
+        new = mx.maximum(largest, scores.max(axis=-1, keepdims=True))
+        e, kept = mx.exp(scores - new), mx.exp(largest - new)
+        total = total * kept + e.sum(axis=-1, keepdims=True)
+        mixed = mx.addmm(mixed * kept, e, v.astype(mx.float32))
+        largest = new
+    return (mixed / total).reshape(q.shape).astype(q.dtype)
+
+
+def _chunk_of(mask, start):
+    """As the scores of that chunk see it: (T, chunk) or (B, 1, 1, T or 1, chunk)."""
+    mask = mask[..., start : start + CHUNK_KEYS]
+    return mask if mask.ndim == 2 else mask[:, :, None]

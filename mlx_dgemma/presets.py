@@ -1,0 +1,21 @@
+"""Named settings: how much work a text may cost. `exact` is the reference sampler; what the others change was measured.
+
+Source   docs/numerics.md, "Presets", has the evidence for each
+"""
+
+from .config import GenerationConfig
+from .errors import DgemmaError
+
+# Fields of GenerationConfig; what is not here stays the checkpoint's.
+PRESETS = {
+    "exact": {},
+    "balanced": {"stop": "patience", "patience": 2, "conditioning_k": 16, "drop_tail": True},
+    "fast": {"stop": "confident", "conditioning_k": 8, "drop_tail": True},
+}
+
+
+def with_preset(config: GenerationConfig, name: str | None) -> GenerationConfig:
+    """`config` as the preset has it; None leaves it. Raises DgemmaError for an unknown name."""
+    if name is not None and name not in PRESETS:
+        raise DgemmaError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
+    return config.replace(**PRESETS.get(name, {}))
