@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.versus_worker import PARTS
 from convert import convert
-from demo.evaluate import CHECKPOINT, wilson
+from demo.evaluate import CHECKPOINT, demo_gguf, wilson
 from demo.tasks import TASKS, check, held_out
 from mlx_dgemma.config import parse_config, read_json
 from mlx_dgemma.errors import DgemmaError
@@ -193,35 +193,54 @@ def floor(folder, env):
     }  # fmt: skip
 
 
+# Engine, preset (mlx-vlm: sampler), prompts denoised at once.
+RUNS = [
+    ("dgemma", "exact", 1), ("dgemma", "balanced", 1), ("dgemma", "fast", 1), ("dgemma", "balanced", 8),
+    ("ggml", "exact", 1), ("ggml", "balanced", 1), ("mlx-vlm", "default", 1), ("mlx-vlm", "entropy-bound", 1),
+]  # fmt: skip
+
+
 def answers(options, env):
-    """Both on held-out instances of the demo: right answers, steps, tokens per second."""
-    workers, _ = start(Path(CHECKPOINT), options, env)
-    tokenizer = Tokenizer.from_folder(CHECKPOINT)
-    runs = [(w, name) for w, names in zip(workers, (("exact", "balanced", "fast"), ("default", "entropy-bound")),
-                                          strict=True) for name in names]  # fmt: skip
-    found = {f"{w.engine} {name}": [] for w, name in runs}
+    """All on held-out instances of the demo: right answers, steps, tokens per second."""
+    folder, config = BUILD / "versus-demo-fp32", parse_config(read_json(Path(CHECKPOINT) / "config.json"))
+    if not folder.exists():  # mlx-vlm cannot run the bfloat16 checkpoint on a CPU
+        convert(CHECKPOINT, folder, to="mlx", recipe="fp32")
+    tokenizer = Tokenizer(Path(CHECKPOINT), config)
+    paths, pythons = {"ggml": demo_gguf()}, {"mlx-vlm": options.python}
+    engines = dict.fromkeys(engine for engine, _, _ in RUNS)
+    workers = {name: Worker(name, paths.get(name, folder), pythons.get(name, sys.executable), env) for name in engines}
     try:
-        for worker, name in runs:  # warm
-            worker.ask("answer", tokens=tokenizer.chat([{"role": "user", "content": "Hi"}]), preset=name, seed=0)
-        for task in TASKS:
-            for row, instance in enumerate(held_out(task, options.answers, 0)):
-                tokens = tokenizer.chat([{"role": "user", "content": instance.prompt}])
-                for worker, name in runs:
-                    answer = worker.ask("answer", tokens=tokens, preset=name, seed=row)
-                    text = tokenizer.reply(answer["tokens"]).text
-                    found[f"{worker.engine} {name}"].append({**answer, "right": check(instance, text)})
+        for worker in workers.values():
+            worker.ask("load")
+        for task in [next(iter(TASKS)), *TASKS]:  # the first one twice, to warm up
+            chosen = held_out(task, options.answers, 0)
+            prompts = [tokenizer.chat([{"role": "user", "content": x.prompt}]) for x in chosen]
+            if task == next(iter(TASKS)):
+                found = {run: [] for run in RUNS}
+            for start in range(0, len(prompts), 8):
+                for engine, preset, batch in RUNS:
+                    for first in range(start, min(start + 8, len(prompts)), batch):
+                        rows = list(range(first, min(first + batch, start + 8, len(prompts))))
+                        asked = {"prompts": [prompts[row] for row in rows], "preset": preset, "rows": rows}
+                        answer = workers[engine].ask("answer", **asked)
+                        right = [check(chosen[row], tokenizer.reply(tokens).text)
+                                 for row, tokens in zip(rows, answer["tokens"], strict=True)]  # fmt: skip
+                        found[engine, preset, batch].append({**answer, "right": right})
     finally:
-        for worker in workers:
+        for worker in workers.values():
             worker.close()
-    result = {}
-    for name, given in found.items():
-        n, right = len(given), sum(a["right"] for a in given)
-        tokens, seconds = sum(len(a["tokens"]) for a in given), sum(a["seconds"] for a in given)
-        result[name] = {
-            "n": n, "right": right, "interval": wilson(right, n), "steps": sum(a["steps"] for a in given) / n,
-            "tokens_per_second": tokens / seconds, "seconds": seconds,
-        }  # fmt: skip
-    return result
+    return [_summary(run, given) for run, given in found.items()]
+
+
+def _summary(run, given):
+    right = [r for answer in given for r in answer["right"]]
+    tokens = sum(len(row) for answer in given for row in answer["tokens"])
+    seconds, n = sum(a["seconds"] for a in given), len(right)
+    return {
+        "engine": run[0], "preset": run[1], "batch": run[2], "n": n, "right": sum(right),
+        "interval": wilson(sum(right), n), "steps": sum(a["steps"] for a in given) / n,
+        "tokens_per_second": tokens / seconds, "seconds": seconds,
+    }  # fmt: skip
 
 
 def print_tables(result):
@@ -243,11 +262,13 @@ def print_tables(result):
             f"{agree['accepted_differ']}; products {found['floor']['gflop_per_s']:.0f} GFLOP/s", highlight=False,
         )  # fmt: skip
     if "answers" in result:
-        table = Table("engine", "right", "95 % interval", "steps", "tok/s", title="the demo, one prompt at a time")
-        for name, row in result["answers"].items():
+        table = Table("engine", "preset", "at once", "right", "95 % interval", "steps", "tok/s", title="the demo")
+        for row in result["answers"]:
             low, high = row["interval"]
-            table.add_row(name, f"{row['right']} of {row['n']}", f"{low:.1%} … {high:.1%}", f"{row['steps']:.1f}",
-                          f"{row['tokens_per_second']:.0f}")  # fmt: skip
+            table.add_row(
+                row["engine"], row["preset"], str(row["batch"]), f"{row['right']} of {row['n']}",
+                f"{low:.1%} … {high:.1%}", f"{row['steps']:.1f}", f"{row['tokens_per_second']:.0f}",
+            )  # fmt: skip
         console.print(table)
     console.print(f"{result['machine']}, BLAS {result['blas']}", highlight=False)
 

@@ -1,4 +1,4 @@
-"""One engine in a process of its own, asked over pipes: python -m benchmarks.versus_worker dgemma|mlx-vlm FOLDER
+"""One engine in a process of its own, asked over pipes: python -m benchmarks.versus_worker dgemma|ggml|mlx-vlm PATH
 
 Shapes   one row; C canvas slots, P prompt tokens
 Source   mlx_dgemma; mlx-vlm 0.7.10, generate/diffusion.py: the body of its loop with the entropy-bound sampler
@@ -6,7 +6,7 @@ Differs  reads JSON objects from stdin, answers each with one on stdout. The mlx
          runs in an environment of its own
 
 {"do": "load"} → memory; "part": a name of PARTS → milliseconds and peak memory; "agree" → draft and acceptance of two
-steps; "answer": token ids of a prompt → tokens, steps, seconds. Sizes and settings come with "load".
+steps; "answer": token ids of prompts, a preset, noise rows → tokens, steps, seconds. "load" brings sizes and settings.
 """
 
 import json
@@ -60,19 +60,31 @@ class Dgemma:
             self.engine.canvas = mx.array(self.canvas)  # the same canvas again: the other side throws other dice
         return [[s.draft[0].tolist(), s.accepted[0].tolist()] for s in steps]
 
-    def answer(self, tokens, preset, seed):
+    def answer(self, prompts, preset, rows):
+        return answer(self.model, self.tokenizer, prompts, preset, rows)
 
-        from mlx_dgemma.api import make_session
-        from mlx_dgemma.events import BlockDone
-        from mlx_dgemma.presets import with_preset
 
-        steps, began = 0, time.perf_counter()
-        settings = with_preset(self.model.generation_config, preset)
-        for event in make_session(self.model, self.tokenizer).stream([tokens], settings, seed):
-            if isinstance(event, BlockDone):
-                steps += int(event.steps[0])
-        return {"tokens": event.tokens[0], "stopped": event.stopped[0], "steps": steps,
-                "seconds": time.perf_counter() - began}  # fmt: skip
+class Ggml:
+    """The same through gguf_export; texts only."""
+
+    def __init__(self, file, about):
+        from gguf_export import Runner
+
+        self.runner = Runner(file)
+        self.tokenizer = self.runner.tokenizer()
+
+    def answer(self, prompts, preset, rows):
+        return answer(self.runner, self.tokenizer, prompts, preset, rows)
+
+
+def answer(model, tokenizer, prompts, preset, rows):
+    """Prompts as token ids, denoised as one batch."""
+    from mlx_dgemma.api import make_session
+    from mlx_dgemma.presets import with_preset
+
+    settings, began = with_preset(model.generation_config, preset), time.perf_counter()
+    *_, done = make_session(model, tokenizer).stream(prompts, settings, rows=rows)
+    return {"tokens": done.tokens, "steps": done.stats.steps, "seconds": time.perf_counter() - began}
 
 
 class MlxVlm:
@@ -149,14 +161,14 @@ class MlxVlm:
             steps.append([draft[0].tolist(), accepted[0].tolist()])
         return steps
 
-    def answer(self, tokens, preset, seed):
-        """preset: "default", its own sampler as its command line calls it; or "entropy-bound" at temperature 1."""
-        mx.random.seed(seed)
-        sampler = {"default": {}, "entropy-bound": {"diffusion_sampler": "entropy-bound", "temperature": 1.0,
-                                                    "diffusion_full_canvas": True}}[preset]  # fmt: skip
-        words, steps, began = _Words(self.stops), 0, time.perf_counter()
-        limit = self.model.config.generation_config["max_new_tokens"]
-        out = []
+    def answer(self, prompts, preset, rows):
+        """One prompt at a time, which is all it takes. preset: "default", as its command line; or "entropy-bound"."""
+        sampler = {}
+        if preset == "entropy-bound":
+            sampler = {"diffusion_sampler": "entropy-bound", "temperature": 1.0, "diffusion_full_canvas": True}
+        mx.random.seed(rows[0])
+        (tokens,), words, steps, began = prompts, _Words(self.stops), 0, time.perf_counter()
+        limit, out = self.model.config.generation_config["max_new_tokens"], []
         for result in self.d.stream_diffusion_generate(
             self.model, words, words, mx.array([tokens]), None, None, max_tokens=limit, skip_special_token_ids=[],
             **sampler,
@@ -164,8 +176,7 @@ class MlxVlm:
             if result.token is not None and not result.diffusion_block_complete and result.finish_reason is None:
                 out.append(int(result.token))
             steps = result.diffusion_denoising_steps
-        return {"tokens": out, "stopped": result.finish_reason == "stop", "steps": steps,
-                "seconds": time.perf_counter() - began}  # fmt: skip
+        return {"tokens": [out], "steps": steps, "seconds": time.perf_counter() - began}
 
 
 class _Words:
@@ -174,11 +185,14 @@ class _Words:
     last_segment = ""
 
     def __init__(self, stops):
-        self.stops = stops
-        self.detokenizer = self
+        self.stops = set(stops)
+        self.detokenizer = self.stopping_criteria = self
 
-    def stopping_criteria(self, token):
+    def __call__(self, token):
         return token in self.stops
+
+    def add_eos_token_ids(self, tokens):
+        self.stops |= {*tokens}
 
     def reset(self):
         pass
@@ -198,7 +212,7 @@ def main(engine, folder):
         request = json.loads(line)
         match request.pop("do"):
             case "load":
-                side = {"dgemma": Dgemma, "mlx-vlm": MlxVlm}[engine](folder, request)
+                side = {"dgemma": Dgemma, "ggml": Ggml, "mlx-vlm": MlxVlm}[engine](folder, request)
                 answer = {"mlx": mx.__version__, "memory": mx.get_active_memory()}
             case "begin":
                 import numpy as np

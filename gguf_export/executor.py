@@ -149,13 +149,18 @@ class Executor:
         if device.kind == "cpu" and 0 < device.total < nbytes:
             raise self.too_little(device, what, nbytes)
 
-    def check_fits(self, graphs: list[Graph], what: str) -> None:
-        """Raises DgemmaError where prefix and graphs of this shape exceed what a device has free beside the weights."""
-        for i, device in enumerate(self._devices):
-            needed = 0
-            for graph in graphs:
-                stored = [x for x in graph.leaves.values() if x.kind == "persistent" and self.place(x.name) == i]
-                needed = max(needed, sum(x.spec.nbytes for x in stored) + (peak(graph) if i == 0 else 0))
+    def needs(self, graphs: list[Graph]) -> list[int]:
+        """Bytes that prefix and graphs of this shape take on each device, beside the weights."""
+        sizes = []
+        for i in range(len(self._devices)):
+            stored = [[x.spec.nbytes for x in g.leaves.values() if x.kind == "persistent" and self.place(x.name) == i]
+                      for g in graphs]  # fmt: skip
+            sizes.append(max(sum(n) + (peak(g) if i == 0 else 0) for n, g in zip(stored, graphs, strict=True)))
+        return sizes
+
+    def check_fits(self, needs: list[int], what: str) -> None:
+        """Raises DgemmaError where a device has not this much free."""
+        for device, needed in zip(self._devices, needs, strict=True):
             free, total = memory_of(self.g, device.handle)
             if total > 0 and free < needed:
                 raise self.too_little(device, what, needed)
@@ -290,7 +295,6 @@ class Compiled:
 
     def _schedule(self, cgraph, size):
         g, backends = self.g, self.executor.backends
-        self.executor.check_room(self.executor.device, f"computing {self.graph.phase}", peak(self.graph))
         array = (ctypes.c_void_p * len(backends))(*backends)
         self.scheduler = g.ggml_backend_sched_new(array, None, len(backends), 2 * size, False, True)
         self._clean.callback(g.ggml_backend_sched_free, self.scheduler)

@@ -31,6 +31,7 @@ from .memory import Memory, check_fits
 from .quantize import cores
 
 RUN = ("prefill", "denoise+sample")  # the graphs; commit is prefill
+KEPT_GRAPHS = 16  # expanded, not compiled: one takes milliseconds to make and a megabyte to keep
 MAX_THREADS = 512  # GGML_MAX_N_THREADS; more end the process
 PREFILL_CHUNK = 512  # prompt tokens encoded at once: bounds the memory of attention scores
 
@@ -137,6 +138,7 @@ class Runner:
         self.stored = stored_specs(self.model.file)
         self.slots_sliding = rounded(self.config.sliding_window - 1 + max(self.config.canvas_length, PREFILL_CHUNK))
         self._graphs: dict[tuple, Graph] = {}
+        self._needs: dict[tuple[int, int], list[int]] = {}  # (rows, room) → bytes on each device
         weights = self._weights()  # before anything is allocated: a wrong description ends here
         if executor is None:
             check_version(self.description, library)
@@ -246,20 +248,26 @@ class Runner:
 
     def graph(self, phase: str, shape: Shape) -> Graph:
         """A phase (or "denoise+sample") for one shape."""
-        key = (phase, shape)
-        if key not in self._graphs:
+        read = rounded(shape.prefix + (shape.tokens if phase == "prefill" else self.config.canvas_length))
+        # The prefix's length is in no size of a graph but the slots read, which come in whole multiples.
+        key = (phase, shape._replace(prefix=0), min(read, max(shape.slots_sliding, shape.slots_full)))
+        graph = self._graphs.pop(key, None)
+        if graph is None:
             parts = [expand(self.description, name, shape, self.options, self.stored) for name in phase.split("+")]
-            # One shape at a time: a prefix only grows, so an old one seldom comes again.
-            self._graphs = {k: g for k, g in self._graphs.items() if k[0] != phase}
-            self._graphs[key] = parts[0] if len(parts) == 1 else chain(*parts)
-        return self._graphs[key]
+            graph = parts[0] if len(parts) == 1 else chain(*parts)
+            if len(self._graphs) == KEPT_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = graph  # the newest stands last
+        return graph._replace(names=graph.names | {"P": shape.prefix})
 
     def check_room(self, rows: int, room: int) -> None:
         """Raises DgemmaError where a prefix with this much room, and the graphs over it, would not fit."""
-        C, T = self.config.canvas_length, min(PREFILL_CHUNK, room)
-        shapes = [Shape(rows, n, room - n, self.slots_sliding, room) for n in (T, C)]
-        graphs = [self.graph(phase, shape) for phase, shape in zip(RUN, shapes, strict=True)]
-        self.executor.check_fits(graphs, f"{count(rows, 'row')} of up to {room} tokens")
+        if (rows, room) not in self._needs:
+            C, T = self.config.canvas_length, min(PREFILL_CHUNK, room)
+            shapes = [Shape(rows, n, room - n, self.slots_sliding, room) for n in (T, C)]
+            graphs = [self.graph(phase, shape) for phase, shape in zip(RUN, shapes, strict=True)]
+            self._needs[rows, room] = self.executor.needs(graphs)
+        self.executor.check_fits(self._needs[rows, room], f"{count(rows, 'row')} of up to {room} tokens")
 
     def persistent(self, shape: Shape) -> list[Leaf]:
         """What a batch of this shape keeps between graphs."""

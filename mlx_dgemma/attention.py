@@ -31,15 +31,20 @@ class Attention(nn.Module):
     def __call__(self, x, cache: LayerCache, first, mask, append: bool):
         """x (B, T, H) → (B, T, H). `first` is the position of x[:, 0]; with `append` the prefix grows by x."""
         B, T, _ = x.shape
-        kv_shape = (B, T, self._layer.num_key_value_heads, self._layer.head_dim)
         q = self.q_norm(self.q_proj(x).reshape(B, T, self._n_heads, self._layer.head_dim))
-        k = self.k_proj(x).reshape(kv_shape)
-        # Full-attention layers ship no v_proj: v is the k projection, taken before k_norm and RoPE.
-        v = self.v_proj(x).reshape(kv_shape) if self._layer.has_v_proj else k
         q = self._rope(q.swapaxes(1, 2), first)  # (B, Nq, T, D)
-        k = self._rope(self.k_norm(k).swapaxes(1, 2), first)  # (B, N, T, D)
-        v = unit_rms(v, self._eps).swapaxes(1, 2)
+        k, v = self.keys_and_values(x, first)
         keys, values = cache.append(k, v) if append else cache.joined(k, v)  # (B, N, P + T, D)
         # q_norm and k_norm set the scale of the scores, so there is no 1 / sqrt(D).
         out = attention(q, keys, values, mask)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, T, -1))
+
+    def keys_and_values(self, x, first):
+        """x (B, T, H) → what the cache stores of it, 2 × (B, N, T, D)"""
+        B, T, _ = x.shape
+        shape = (B, T, self._layer.num_key_value_heads, self._layer.head_dim)
+        k = self.k_proj(x).reshape(shape)
+        # Full-attention layers ship no v_proj: v is the k projection, taken before k_norm and RoPE.
+        v = self.v_proj(x).reshape(shape) if self._layer.has_v_proj else k
+        k = self._rope(self.k_norm(k).swapaxes(1, 2), first)
+        return k, unit_rms(v, self._eps).swapaxes(1, 2)

@@ -16,14 +16,15 @@ from .products import on_cpu
 LEAST = -87.0  # e^LEAST is about the smallest float32 that is not denormal; what lies below counts as this
 # ln 2 in two parts: the first has so few bits that k × LN2 is exact.
 LN2, LN2_REST = 0.693359375, math.log(2) - 0.693359375
+SMALL = 1 << 14  # numbers for which twenty operations cost more to begin than they save
 ROUND = 1.5 * 2.0**23  # adding it rounds a float32 to a whole number
 _points = np.cos(np.pi * (np.arange(200) + 0.5) / 200) * math.log(2) / 2
 POLYNOMIAL = np.polynomial.Chebyshev.fit(_points, np.exp(_points), 6).convert(kind=np.polynomial.Polynomial).coef
 
 
 def exp(x):
-    """e^x for float32 up to 88; below LEAST as at LEAST where the device is a CPU."""
-    if not on_cpu():
+    """e^x for float32 up to 88; a CPU may take what lies below LEAST for LEAST."""
+    if not on_cpu() or x.size < SMALL:
         return mx.exp(x)
     x = mx.clip(x, LEAST, 88.0)
     k = (x * (1 / math.log(2)) + ROUND) - ROUND

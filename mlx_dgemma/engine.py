@@ -28,6 +28,7 @@ class MlxEngine:
         self.vocab_size = model.config.vocab_size
         self.flexible = True
         self.canvas = self.soft = None  # what the next step reads: (B, C) tokens, and (B, C, H) or None
+        self._seen = self.cache  # the prefixes of the rows in play
         self._table = model.table
         self._settings = model.generation_config
         self._flat = 1.0  # share of slots whose self-conditioning read all tokens in the step before
@@ -53,9 +54,9 @@ class MlxEngine:
             padding = mx.array(padding, mx.int32) if padding.any() else None
         for start in range(0, tokens.shape[1], PREFILL_CHUNK):
             chunk = mx.array(tokens[:, start : start + PREFILL_CHUNK], mx.int32)
-            self.model.encode(chunk, self.cache, padding)
+            self.model.prefill(chunk, self.cache, padding)
             padding = None
-            mx.eval(self.cache.arrays)  # only keys and values: the final hidden states are never computed
+            mx.eval(self.cache.arrays)
 
     commit = prefill
 

@@ -47,6 +47,10 @@ class Layer(nn.Module):
         mixed = self.post_feedforward_layernorm_2(chosen).reshape(x.shape)
         return (x + self.post_feedforward_layernorm(dense + mixed)) * scalar
 
+    def store(self, x, cache, first):
+        """Only what the cache keeps of x: in a prefill nobody reads what the last layer makes."""
+        cache.append(*self.self_attn.keys_and_values(self.input_layernorm(x), first))
+
 
 class SelfConditioning(MLP):
     """Adds what the previous step believed, as a soft embedding, to the canvas embedding."""
@@ -128,6 +132,13 @@ class DiffusionGemma(nn.Module):
         tokens (B, T) int32. padding (B,) int32 counts the pad tokens at the left of each row; give it with the first
         tokens of a batch only. Returns the final hidden states (B, T, H). Long prompts may come in several calls.
         """
+        return self._encode(tokens, cache, padding, self._run)
+
+    def prefill(self, tokens, cache: PrefixCache, padding=None) -> None:
+        """`encode` without its result: the last layer stops at its keys and values."""
+        self._encode(tokens, cache, padding, self._store)
+
+    def _encode(self, tokens, cache, padding, run):
         T = tokens.shape[1]
         if padding is not None:
             if cache.length:
@@ -140,7 +151,7 @@ class DiffusionGemma(nn.Module):
             keys = mx.arange(cache.length - stored, cache.length + T)
             return encoder_mask(queries, keys, window, cache.padding)
 
-        hidden = self._run(self._embed(tokens), cache, scalars, mask, append=True)
+        hidden = run(self._embed(tokens), cache, scalars, mask, append=True)
         cache.length += T
         return hidden
 
@@ -189,10 +200,21 @@ class DiffusionGemma(nn.Module):
 
     def _run(self, x, cache, scalars, mask, append):
         """The layer stack. `mask(stored keys, window)` makes a mask; layers of a kind share one."""
-        first = cache.length if cache.padding is None else cache.length - cache.padding
+        return self.model.decoder.norm(self._layers(x, cache, scalars, mask, append, len(scalars)))
+
+    def _store(self, x, cache, scalars, mask, append):
+        x = self._layers(x, cache, scalars, mask, append, len(scalars) - 1)
+        self.model.decoder.layers[-1].store(x, cache.layers[-1], self._first(cache))
+
+    def _layers(self, x, cache, scalars, mask, append, n):
         masks = {}
-        for layer, scalar, kept in zip(self.model.decoder.layers, scalars, cache.layers, strict=True):
+        for layer, scalar, kept in zip(self.model.decoder.layers[:n], scalars[:n], cache.layers[:n], strict=True):
             if kept.window not in masks:
                 masks[kept.window] = mask(len(kept), kept.window)
-            x = layer(x, scalar, kept, first, masks[kept.window], append)
-        return self.model.decoder.norm(x)
+            x = layer(x, scalar, kept, self._first(cache), masks[kept.window], append)
+        return x
+
+    @staticmethod
+    def _first(cache):
+        """Position of the first token behind the prefix; one per row where rows are padded."""
+        return cache.length if cache.padding is None else cache.length - cache.padding

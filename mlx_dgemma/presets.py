@@ -9,8 +9,8 @@ from .errors import DgemmaError
 # Fields of GenerationConfig; what is not here stays the checkpoint's.
 PRESETS = {
     "exact": {},
-    "balanced": {"stop": "patience", "patience": 2, "conditioning_k": 16, "drop_tail": True},
-    "fast": {"stop": "confident", "conditioning_k": 8, "drop_tail": True},
+    "balanced": {"stop": "confident", "drop_tail": True},
+    "fast": {"stop": "confident", "confidence_threshold": 0.05, "drop_tail": True},
 }
 
 

@@ -99,7 +99,8 @@ def test_bfloat16_is_rounded_once():
     assert found.dtype == mx.bfloat16 and mx.array_equal(found, exact.astype(mx.bfloat16))
 
 
-def test_few_keys_are_left_to_mlx():
+def test_few_keys_are_left_to_mlx_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(long_attention, "on_cpu", lambda: False)
     for more, same in [(0, True), (1, False)]:
         q, keys, values = inputs(0, 1, 1, 1, 2, long_attention.FEW_KEYS + more)
         found, want = attention(q, keys, values), fused(q, keys, values)
@@ -124,9 +125,10 @@ def test_the_model_says_the_same(tiny_model, padding, monkeypatch):
         first = model.encode(tokens[:, :30], cache, padding and mx.array(padding))
         return [first, model.encode(tokens[:, 30:], cache), model.denoise(canvas, cache)]
 
-    want = outputs()
-    mx.eval(want)
-    monkeypatch.setattr(long_attention, "FEW_KEYS", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(long_attention, "on_cpu", lambda: False)
+        want = outputs()
+        mx.eval(want)
     monkeypatch.setattr(long_attention, "CHUNK_KEYS", 7)
     got = outputs()
     assert not mx.array_equal(got[-1], want[-1])  # the patch was felt
