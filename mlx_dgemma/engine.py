@@ -10,8 +10,11 @@ import numpy as np
 from .cache import PrefixCache
 from .config import GenerationConfig
 from .denoise import Step
+from .errors import DgemmaError
 from .model import DiffusionGemma
+from .products import device_memory
 from .sampler import accept_mask
+from .units import count, human_bytes
 from .vocabulary import Reader, best_blocks
 
 # Prompt tokens encoded at once: bounds the memory of attention scores.
@@ -50,6 +53,7 @@ class MlxEngine:
 
     def prefill(self, tokens: np.ndarray, padding: np.ndarray | None = None) -> None:
         """Append (B, T) tokens to the prefix; padding (B,) counts pad tokens at the left of each row."""
+        self._check_room(*tokens.shape)
         if padding is not None:
             padding = mx.array(padding, mx.int32) if padding.any() else None
         for start in range(0, tokens.shape[1], PREFILL_CHUNK):
@@ -59,6 +63,17 @@ class MlxEngine:
             mx.eval(self.cache.arrays)
 
     commit = prefill
+
+    def _check_room(self, rows, tokens):
+        """MLX would end the process, or the system would, where memory runs out."""
+        length, room = self.cache.length + tokens, device_memory()
+        needed = self.cache.planned(self.model.config, rows, length, self.model.dtype.size)
+        used = mx.get_active_memory() - self.cache.nbytes
+        if room and used + needed > room:
+            raise DgemmaError(
+                f"{count(rows, 'row')} of {length} tokens take {human_bytes(needed)} beside {human_bytes(used)} in use,"
+                f" expected {human_bytes(room)} at most on this device; shorten the prompt or denoise fewer rows"
+            )
 
     def start(self, canvas: np.ndarray) -> None:
         self.canvas, self.soft, self._seen, self._flat = mx.array(canvas), None, self.cache, 1.0

@@ -25,6 +25,7 @@ from .floats import STORED_AS, cast, from_float32
 from .gguf.model import open_gguf
 from .gguf.types import FLOATS, Type
 from .gguf.values import to_float32
+from .products import device_memory
 from .tensors import QUANTIZED_ROLES, Tensor, text_tensors
 from .tokenizer import Tokenizer
 from .units import human_bytes
@@ -242,12 +243,6 @@ class GgufSource:
         # Experts stored split: inside each, the gate's rows come first.
         arrays = [[array.reshape(shape[0], -1, array.shape[-1]) for array in part] for part in parts]
         return [_to_mlx(np.concatenate(both, axis=1)) for both in zip(*arrays, strict=True)]
-
-
-def device_memory() -> int | None:
-    """Bytes that the default device can hold; None where nobody says."""
-    info = mx.device_info()
-    return info.get("max_recommended_working_set_size") or info.get("total_memory")
 
 
 def _in_pieces(rows, type, convert, tag, pool) -> list[np.ndarray]:

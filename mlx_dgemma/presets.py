@@ -10,7 +10,7 @@ from .errors import DgemmaError
 PRESETS = {
     "exact": {},
     "balanced": {"stop": "confident", "drop_tail": True},
-    "fast": {"stop": "confident", "confidence_threshold": 0.05, "drop_tail": True},
+    "fast": {"stop": "confident", "confidence_threshold": 0.02, "drop_tail": True},
 }
 
 

@@ -27,6 +27,12 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.cpu
 
 
+def device_memory() -> int | None:
+    """Bytes that the default device can hold; None where nobody says."""
+    info = mx.device_info()
+    return info.get("max_recommended_working_set_size") or info.get("total_memory")
+
+
 def packed_product(x, arrays, packing: Packing, transpose: bool = True):
     """x @ matrixᵀ, or without `transpose` x @ matrix. arrays: packed values, scales, and biases where it has them."""
     how = packing._asdict()

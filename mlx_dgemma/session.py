@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .config import GenerationConfig, ModelConfig
-from .denoise import Engine, denoise_blocks
+from .denoise import Engine, canvas_lengths, denoise_blocks
 from .errors import ContextError, DgemmaError
 from .events import BlockDone, Done, Stats, StepDone
 from .noise import NoiseStream
@@ -47,6 +47,7 @@ class Session:
         began = time.perf_counter()
         if not conversations:
             raise DgemmaError("found no prompt in the batch, expected at least one")
+        canvas_lengths(settings, self._config.canvas_length)  # a wrong first canvas ends here
         prompts = [x if _is_tokens(x) else self._tokenizer.chat(x, thinking) for x in conversations]
         for prompt in prompts:
             self._check_context(len(prompt), settings.max_new_tokens)
