@@ -45,7 +45,7 @@ def packed_product(x, arrays, packing: Packing, transpose: bool = True):
 def expert_product(x, weight, experts):
     """x (M, 1, in), weight (E, out, in), experts (M,) ascending → (M, 1, out)"""
     if on_cpu():
-        return _one_by_one(x, experts, weight.shape[0], lambda e: weight[e])
+        return _one_by_one(x, experts, weight.shape[0], lambda e: _one(weight, e))
     return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=True)
 
 
@@ -55,11 +55,16 @@ def packed_expert_product(x, arrays, packing: Packing, experts, transpose: bool 
     if on_cpu():
 
         def unpacked(e):
-            matrix = mx.dequantize(*(a[e] for a in arrays), **how, dtype=mx.float32)
+            matrix = mx.dequantize(*(_one(a, e) for a in arrays), **how, dtype=mx.float32)
             return matrix if transpose else matrix.T
 
         return _one_by_one(x, experts, arrays[0].shape[0], unpacked)
     return mx.gather_qmm(x, *arrays, rhs_indices=experts, transpose=transpose, sorted_indices=True, **how)
+
+
+def _one(arrays, e):
+    """Matrix e of several, as a view: `arrays[e]` would copy it."""
+    return arrays[e : e + 1].reshape(arrays.shape[1:])
 
 
 def _one_by_one(x, experts, n_experts, matrix):

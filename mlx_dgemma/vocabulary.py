@@ -22,7 +22,7 @@ from .products import Packing, expert_product, on_cpu, packed_expert_product, pa
 
 BLOCK, BLOCKS = 64, 512  # tokens whose mass is summed at least, and how many such sums a running sum may add up
 # Of (M, K), and there are a few of them at a time: a CPU wants them in its cache, a GPU wants few launches.
-CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 22
+CPU_CHUNK, GPU_CHUNK = 1 << 19, 1 << 21
 BUCKET = 32  # slots that are read anew come in multiples of this
 
 
@@ -37,12 +37,14 @@ class Reading(NamedTuple):
     top: mx.array  # (M, 1) the largest logit
 
 
-class _Chunk(NamedTuple):
-    largest: mx.array  # (M, 1) logit
-    best: mx.array  # (M,) its row
-    masses: mx.array  # (M, K / BLOCK) sums of e^(logit - largest)
-    weighted: mx.array  # (M,) sum of e^… × (logit - largest)
-    soft: mx.array | None  # (M, H) sum of e^… × row, float32
+class _Sums(NamedTuple):
+    """Over the rows read so far, seen from the largest logit among them."""
+
+    top: mx.array  # (M, 1) that logit
+    draft: mx.array  # (M, 1) its row
+    total: mx.array  # (M, 1) sum of e^(logit - top)
+    weighted: mx.array  # (M, 1) sum of e^… × (logit - top)
+    soft: mx.array  # (M, H) sum of e^… × row, float32; empty where nobody asked for it
 
 
 class Table:
@@ -98,32 +100,48 @@ class Reader:
 
     def read(self, uniforms, mix: bool = True) -> Reading:
         """uniforms (M,) in (0, 1). mix: also the expected embedding, from all tokens."""
-        chunks = []
+        sums, masses, tops = None, [], []
         for start, rows in self._chunks():
-            if chunks:  # one after the other: evaluated side by side they would all be in memory at once
-                rows = mx.depends(rows, [x for x in chunks[-1] if x is not None])
-            chunks.append(self._chunk(start, rows, mix))
-        largest = mx.concatenate([c.largest for c in chunks], axis=-1)  # (M, chunks)
-        top = largest.max(axis=-1, keepdims=True)
-        scale = exp(largest - top)
-        best = mx.stack([c.best for c in chunks], axis=-1)
-        draft = mx.take_along_axis(best, largest.argmax(axis=-1, keepdims=True), axis=-1)[:, 0]
-        masses = mx.concatenate([c.masses * scale[:, i : i + 1] for i, c in enumerate(chunks)], axis=-1)
+            if sums:  # one after the other: evaluated side by side they would all be in memory at once
+                rows = mx.depends(rows, list(sums))
+            sums, by_block = self._add(sums, start, rows, mix)
+            masses.append(by_block)
+            tops.append(sums.top)
+        masses = mx.concatenate([m * exp(top - sums.top) for m, top in zip(masses, tops, strict=True)], axis=-1)
         total = masses.sum(axis=-1)
-        # Each chunk's sum of e × (logit - its largest), seen from the largest of all.
-        weighted = sum(
-            (c.weighted + c.masses.sum(axis=-1) * (largest[:, i] - top[:, 0])) * scale[:, i]
-            for i, c in enumerate(chunks)
-        )
-        soft = None
-        if mix:
-            soft = sum(c.soft * scale[:, i : i + 1] for i, c in enumerate(chunks)) / total[:, None]
-            soft = soft.astype(self.hidden.dtype)
         number, target = choose_block(masses, uniforms)
-        inside = exp(self.logits(self.table.block_logits(self.hidden, number, self.block)) - top)
+        inside = exp(self.logits(self.table.block_logits(self.hidden, number, self.block)) - sums.top)
         inside = mx.minimum((mx.cumsum(inside, axis=-1) < target).sum(axis=-1), self.block - 1)
-        sampled = (number * self.block + inside).astype(mx.int32)
-        return Reading(draft.astype(mx.int32), mx.log(total) - weighted / total, sampled, soft, masses, top)
+        return Reading(
+            sums.draft[:, 0].astype(mx.int32),
+            (mx.log(sums.total) - sums.weighted / sums.total)[:, 0],
+            (number * self.block + inside).astype(mx.int32),
+            (sums.soft / total[:, None]).astype(self.hidden.dtype) if mix else None,
+            masses,
+            sums.top,
+        )
+
+    def _add(self, sums: _Sums | None, start, rows, mix):
+        """The sums with these rows too, and the rows' masses by blocks."""
+        z = self.logits(self.table.logits(self.hidden, rows))
+        draft = z.argmax(axis=-1, keepdims=True)
+        largest = mx.take_along_axis(z, draft, axis=-1)
+        draft = draft + start
+        top = largest if sums is None else mx.maximum(sums.top, largest)
+        z = z - top
+        e = exp(z)
+        # By blocks: one float32 sum over thousands of terms loses the small ones.
+        masses, weighted = (x.reshape(x.shape[0], -1, self.block).sum(axis=-1) for x in (e, e * z))
+        total, weighted = masses.sum(axis=-1, keepdims=True), weighted.sum(axis=-1, keepdims=True)
+        soft = self.table.mix(e.astype(self.hidden.dtype), rows).astype(mx.float32) if mix else mx.zeros((0,))
+        if sums is not None:
+            shift = sums.top - top
+            kept = exp(shift)
+            draft = mx.where(largest > sums.top, draft, sums.draft)
+            weighted = weighted + kept * (sums.weighted + sums.total * shift)
+            total = total + kept * sums.total
+            soft = soft + kept * sums.soft if mix else soft
+        return _Sums(top, draft, total, weighted, soft), masses
 
     def mix_blocks(self, found: Reading, k: int):
         """The expected embedding from each slot's k heaviest blocks, (M, H), and the share of mass they hold, (M,)."""
@@ -152,17 +170,6 @@ class Reader:
     def _chunks(self):
         V, K = self.table.n_rows, chunk_of(len(self.hidden), self.table.n_rows, self.block)
         return [(start, self.table.rows(start, min(start + K, V))) for start in range(0, V, K)]
-
-    def _chunk(self, start, rows, mix):
-        z = self.logits(self.table.logits(self.hidden, rows))
-        best = z.argmax(axis=-1)
-        largest = mx.take_along_axis(z, best[:, None], axis=-1)
-        z = z - largest
-        e = exp(z)
-        # By blocks: one float32 sum over thousands of terms loses the small ones.
-        masses, weighted = (x.reshape(x.shape[0], -1, self.block).sum(axis=-1) for x in (e, e * z))
-        soft = self.table.mix(e.astype(self.hidden.dtype), rows).astype(mx.float32) if mix else None
-        return _Chunk(largest, best + start, masses, weighted.sum(axis=-1), soft)
 
 
 def best_blocks(masses, k: int):
