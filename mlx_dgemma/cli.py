@@ -34,6 +34,7 @@ OPTIONS = {
     "schedule_steps": "schedule_steps",
     "stop": "stop",
     "first_canvas": "first_canvas",
+    "drop_tail": "drop_tail",
     "conditioning_k": "conditioning_k",
     "conditioning_epsilon": "conditioning_epsilon",
 }
@@ -102,6 +103,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--stop", metavar="RULE", help="when a block is done: stable, confident, plateau or patience")
     add("--schedule-steps", type=int, metavar="N", help="steps in which the temperature falls (default: --steps)")
     add("--first-canvas", type=int, metavar="C", help="slots of the first canvas; the next ones double (MLX only)")
+    add(
+        "--drop-tail",
+        action="store_true",
+        default=None,
+        help="do not compute what stands behind a settled end (MLX only)",
+    )
     add("--conditioning-k", type=int, metavar="K", help="blocks of tokens that self-conditioning reads (MLX only)")
     add("--conditioning-epsilon", type=float, metavar="E", help="share of mass those may lack (MLX only)")
     add("--json", action="store_true", help="print one JSON object instead of the text")

@@ -9,8 +9,8 @@ from .errors import DgemmaError
 # Fields of GenerationConfig; what is not here stays the checkpoint's.
 PRESETS = {
     "exact": {},
-    "balanced": {"stop": "confident", "drop_tail": True},
-    "fast": {"stop": "confident", "confidence_threshold": 0.02, "drop_tail": True},
+    "balanced": {"stop": "confident"},
+    "fast": {"stop": "confident", "confidence_threshold": 0.02},
 }
 
 
