@@ -191,7 +191,10 @@ def main(arguments=None):
         + ("   same as --against" if against else "")
     )
     for task in args.task or TASKS:
-        row = evaluate(engine, task, args.n, args.seed, args.batch, args.show_failures, against)
+        try:
+            row = evaluate(engine, task, args.n, args.seed, args.batch, args.show_failures, against)
+        except DgemmaError as error:
+            sys.exit(f"error: {error}")
         table.append(row)
         interval = f"{row['low']:.1%}..{row['high']:.1%}"
         several = f"{row['several_blocks_right']}/{row['several_blocks']}"
@@ -207,6 +210,8 @@ def main(arguments=None):
 def _engine_options(parser, args):
     """What only one engine takes; a usage error where another was asked for."""
     given = dict(PRESETS.get(args.preset, {}))
+    if args.engine == "transformers" and (args.preset or args.set):
+        parser.error("--preset and --set are for --engine mlx and ggml")
     for text in args.set:
         name, _, value = text.partition("=")
         try:

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -180,13 +181,13 @@ def read_prompt() -> str:
 
 def settings_of(base: GenerationConfig, options) -> GenerationConfig:
     """The checkpoint's defaults, changed by the command line."""
+    base = with_preset(base, options.preset)
     try:
-        base = with_preset(base, options.preset)
         return base.replace(**{field: getattr(options, option) for field, option in OPTIONS.items()})
     except DgemmaError as error:
         message = str(error)
         for field, option in OPTIONS.items():  # an error names what the user typed
-            message = message.replace(field, "--" + option.replace("_", "-"))
+            message = re.sub(rf"(?<!')\b{field}\b(?!')", "--" + option.replace("_", "-"), message)
         raise DgemmaError(message) from None
 
 

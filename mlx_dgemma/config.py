@@ -103,6 +103,8 @@ _LEAST = {
     "first_canvas": 1, "conditioning_k": 1,
 }  # fmt: skip
 _OPTIONAL = ("schedule_steps", "first_canvas", "conditioning_k")
+# Settings that transformers does not have: no generation_config.json holds them.
+OURS = {"schedule_steps", "stop", "patience", "drop_tail", "first_canvas", "conditioning_k", "conditioning_epsilon"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +149,8 @@ class GenerationConfig:
                 raise DgemmaError(f"{name} is {value!r}, expected a number above 0")
         if not isinstance(self.conditioning_epsilon, float) or not 0 < self.conditioning_epsilon < 1:
             raise DgemmaError(f"conditioning_epsilon is {self.conditioning_epsilon!r}, expected a number in (0, 1)")
+        if not isinstance(self.drop_tail, bool):
+            raise DgemmaError(f"drop_tail is {self.drop_tail!r}, expected true or false")
         if self.stop not in STOP_RULES:
             raise DgemmaError(f"stop is {self.stop!r}, expected one of {', '.join(STOP_RULES)}")
         if self.t_min > self.t_max:
@@ -241,7 +245,7 @@ def parse_config(raw: dict, path: Path | str = "config.json") -> ModelConfig:
 def parse_generation_config(raw: dict, path: Path | str = "generation_config.json") -> GenerationConfig:
     """generation_config.json as a dictionary → GenerationConfig."""
     names = {field.name for field in dataclasses.fields(GenerationConfig)} - {"entropy_bound", "stop_token_ids"}
-    known = {name: raw[name] for name in names if raw.get(name) is not None}
+    known = {name: raw[name] for name in names - OURS if raw.get(name) is not None}
     sampler = _Section(raw.get("sampler_config") or {}, path, "sampler_config").values
     kind = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
     if kind != "EntropyBoundSamplerConfig":

@@ -5,7 +5,7 @@ Source   transformers 5.23.0, DiffusionGemmaGenerationMixin.generate
 Differs  the last canvas is never encoded; rows finished in an earlier block no longer hold the others up; a row's
          randomness depends on its id alone (noise.py)
 
-Knows no engine: it drives anything with the four methods of `Engine`, so MLX and ggml run the same loop.
+Knows no engine: it drives anything with the methods of `Engine`, so MLX and ggml run the same loop.
 """
 
 import time

@@ -3,14 +3,19 @@
 Source   docs/numerics.md, "Presets", has the evidence for each
 """
 
+import dataclasses
+
 from .config import GenerationConfig
 from .errors import DgemmaError
 
 # Fields of GenerationConfig; what is not here stays the checkpoint's.
+EXACT = {
+    "stop": "stable", "drop_tail": False, "schedule_steps": None, "first_canvas": None, "conditioning_k": None,
+}  # fmt: skip
 PRESETS = {
-    "exact": {},
-    "balanced": {"stop": "confident"},
-    "fast": {"stop": "confident", "confidence_threshold": 0.02},
+    "exact": EXACT,
+    "balanced": EXACT | {"stop": "confident"},
+    "fast": EXACT | {"stop": "confident", "confidence_threshold": 0.02},
 }
 
 
@@ -18,4 +23,4 @@ def with_preset(config: GenerationConfig, name: str | None) -> GenerationConfig:
     """`config` as the preset has it; None leaves it. Raises DgemmaError for an unknown name."""
     if name is not None and name not in PRESETS:
         raise DgemmaError(f"preset is {name!r}, expected one of {', '.join(PRESETS)}")
-    return config.replace(**PRESETS.get(name, {}))
+    return dataclasses.replace(config, **PRESETS.get(name, {}))

@@ -47,10 +47,9 @@ class Session:
         began = time.perf_counter()
         if not conversations:
             raise DgemmaError("found no prompt in the batch, expected at least one")
-        canvas_lengths(settings, self._config.canvas_length)  # a wrong first canvas ends here
         prompts = [x if _is_tokens(x) else self._tokenizer.chat(x, thinking) for x in conversations]
         for prompt in prompts:
-            self._check_context(len(prompt), settings.max_new_tokens)
+            self._check_context(len(prompt), settings)
         if self._keep_prefix and len(prompts) == 1:
             again = self._tokenizer.chat(conversations[0], thinking, reply_next=False)
             engine, reused = self._prefill_turn(prompts[0], _common_length(prompts[0], again))
@@ -101,10 +100,10 @@ class Session:
             engine.prefill(np.array([prompt[start:]], np.int32))
         return engine, reused
 
-    def _check_context(self, n_prompt, n_new):
-        limit = self._config.max_position_embeddings
+    def _check_context(self, n_prompt, settings):
+        limit, n_new = self._config.max_position_embeddings, settings.max_new_tokens
         C = self._config.canvas_length
-        needed = n_prompt + -(-n_new // C) * C
+        needed = n_prompt + sum(canvas_lengths(settings, C))
         if needed > limit:
             raise ContextError(
                 f"the prompt has {n_prompt} tokens and {n_new} new ones were asked for, in whole canvases of {C}: "

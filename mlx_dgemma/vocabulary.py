@@ -111,7 +111,10 @@ class Reader:
         total = masses.sum(axis=-1)
         number, target = choose_block(masses, uniforms)
         inside = exp(self.logits(self.table.block_logits(self.hidden, number, self.block)) - sums.top)
-        inside = mx.minimum((mx.cumsum(inside, axis=-1) < target).sum(axis=-1), self.block - 1)
+        # Another kernel read the block again and may have found another sum: the share is what counts.
+        share = target / mx.take_along_axis(masses, number[:, None], axis=-1)
+        up_to = mx.cumsum(inside, axis=-1)
+        inside = mx.minimum((up_to < share * up_to[:, -1:]).sum(axis=-1), self.block - 1)
         return Reading(
             sums.draft[:, 0].astype(mx.int32),
             (mx.log(sums.total) - sums.weighted / sums.total)[:, 0],

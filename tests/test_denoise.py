@@ -18,6 +18,8 @@ class ScriptedEngine:
 
     canvas_length, vocab_size = 4, 50
 
+    again = False  # a second `start` belongs to the same block
+
     def __init__(self, scripts, delay, flexible=False):
         self.scripts, self.delay, self.flexible = np.array(scripts), np.array(delay), flexible
         self.block, self.taken, self.committed, self.temperatures, self.shapes = -1, 0, [], [], []
@@ -26,7 +28,8 @@ class ScriptedEngine:
         self.config = config
 
     def start(self, canvas):
-        self.block, self.taken = self.block + 1, 0
+        if self.taken == 0 or not self.again:
+            self.block, self.taken = self.block + 1, 0
         self.rows, self.length = np.arange(len(canvas)), canvas.shape[1]
 
     def select(self, rows, length):
@@ -151,3 +154,44 @@ def test_the_schedule_is_apart_from_the_cap():
     engine = ScriptedEngine([[[7, 7, 7, 7]]], [9])
     run(engine, max_new_tokens=4, max_denoising_steps=5, schedule_steps=2)
     assert engine.temperatures == pytest.approx([0.8, 0.6, 0.4, 0.4, 0.4])
+
+
+class MovingEnd(ScriptedEngine):
+    """An end token that stands still for two steps and then moves back."""
+
+    again = True
+
+    def step(self, *args):
+        step = super().step(*args)
+        if self.taken > 2:
+            late = np.array([[7, 8, 9, EOS]])[:, : self.length]
+            return step._replace(draft=late, entropy=np.zeros(late.shape, np.float32))
+        return step
+
+
+def test_a_tail_comes_back_when_its_end_moves():
+    engine = MovingEnd([[[7, EOS, 41, 42]]], [1], flexible=True)
+    blocks, _ = run(engine, drop_tail=True, max_new_tokens=4, stability_threshold=2, max_denoising_steps=12)
+    assert (1, 2) in engine.shapes and engine.shapes[-1] == (1, 4)
+    assert blocks[0].tokens.tolist() == [[7, 8, 9, EOS]]
+
+
+class UnsureTail(ScriptedEngine):
+    def step(self, *args):
+        step = super().step(*args)
+        entropy = np.where(np.arange(self.length) < 2, 0.0, 3.0) * np.ones(step.draft.shape, np.float32)
+        return step._replace(entropy=entropy.astype(np.float32))
+
+
+def test_a_tail_that_was_cut_does_not_keep_a_block_from_ending():
+    engine = UnsureTail([[[7, EOS, 41, 42]]], [1], flexible=True)
+    blocks, steps = run(engine, drop_tail=True, max_new_tokens=4, stop="confident")
+    assert blocks[0].steps.tolist() == [3] and blocks[0].tokens.tolist() == [[7, EOS, PAD, PAD]]
+    assert engine.shapes == [(1, 4), (1, 4), (1, 2)] and steps[-1].entropy.sum() == 0
+
+
+def test_few_shapes_occur():
+    rng = np.random.default_rng(0)
+    engine = ScriptedEngine([[[7, 8, 9, EOS]] * 40], rng.integers(1, 30, 40), flexible=True)
+    run(engine, 40, max_new_tokens=4, max_denoising_steps=40)
+    assert len(set(engine.shapes)) <= 7  # 40 rows, halved and halved again

@@ -7,8 +7,8 @@ import pytest
 import mlx_dgemma
 from demo.tasks import TASKS, held_out
 from mlx_dgemma.cli import main
-from mlx_dgemma.config import GenerationConfig
-from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.config import GenerationConfig, parse_generation_config
+from mlx_dgemma.errors import ContextError, DgemmaError
 from mlx_dgemma.presets import PRESETS, with_preset
 
 
@@ -24,6 +24,12 @@ def test_exact_changes_nothing():
     config = GenerationConfig(max_new_tokens=7, t_max=0.9)
     assert with_preset(config, "exact") == with_preset(config, None) == config
     assert all(with_preset(config, name).t_max == 0.9 for name in PRESETS)
+    assert with_preset(with_preset(config, "balanced"), "exact") == config
+
+
+def test_a_checkpoint_cannot_choose_what_the_reference_lacks():
+    found = parse_generation_config({"stop": "confident", "drop_tail": True, "t_max": 0.7, "conditioning_k": 3})
+    assert found == GenerationConfig(t_max=0.7)
 
 
 def test_every_preset_answers_in_no_more_steps(demo):
@@ -60,6 +66,7 @@ def test_smaller_first_canvases_answer(demo):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        (["--preset", "stop"], "preset is 'stop', expected one of exact, balanced, fast"),
         (["--preset", "best"], "preset is 'best', expected one of exact, balanced, fast"),
         (["--conditioning-k", "0"], "--conditioning-k is 0, expected a whole number of at least 1"),
         (["--conditioning-epsilon", "1.0"], "--conditioning-epsilon is 1.0, expected a number in (0, 1)"),
@@ -81,6 +88,17 @@ def test_a_canvas_that_does_not_divide_the_models_is_refused(capsys):
     assert last == "error: first_canvas is 48, expected a divisor of the model's canvas of 64"
 
 
+def test_growing_canvases_stay_within_the_context(demo):
+    for first, fits in ((None, True), (16, False)):
+        config = demo[0].generation_config.replace(max_new_tokens=64, first_canvas=first)
+        events = mlx_dgemma.make_session(*demo).stream([[7] * (2048 - 64)], config)
+        if fits:
+            next(events)
+        else:
+            with pytest.raises(ContextError, match="2096 in all"):
+                next(events)
+
+
 def test_an_empty_prompt_in_a_batch_is_refused(demo):
     with pytest.raises(DgemmaError, match="the prompt is empty"):
         mlx_dgemma.generate(*demo, ["one", " "])
@@ -91,6 +109,7 @@ def test_a_context_too_long_for_memory_is_refused_before_it_is_encoded(demo, mon
 
     model = demo[0]
     engine, tokens = module.MlxEngine(model), np.full((3, 1_000), 7, np.int32)
+    assert module.device_memory() > 1 << 30
     monkeypatch.setattr(module, "device_memory", lambda: mx.get_active_memory() + (1 << 20))
     with pytest.raises(DgemmaError, match="3 rows of 1000 tokens take .* MB beside .* in use, expected .* at most"):
         engine.prefill(tokens)

@@ -120,3 +120,49 @@ def test_few_blocks_hold_what_they_say(packed):
     mended = np.array(reader.mix_slots(found, mx.zeros((40, 64)), slots))
     assert np.abs(mended[slots] - exact[slots]).max() < (2e-3 if packed else 1e-5)
     assert (np.delete(mended, slots, axis=0) == 0).all()
+
+
+def test_no_array_of_the_whole_vocabulary():
+    """Extra memory of a pass: a few chunks and the masses, not (M, V)."""
+    M, V, H = 256, 65_536, 64
+    embedding = nn.Embedding(V, H)
+    for table in (Table(embedding), Table(embedding.to_quantized(group_size=64, bits=8))):
+        reader, uniforms = Reader(mx.random.normal((M, H)), table, CAP, TEMPERATURE), mx.full((M,), 0.5)
+        mx.eval(reader.hidden, uniforms, table.arrays)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(reader.read(uniforms))
+        assert mx.get_peak_memory() - before < M * V * 4 / 2
+
+
+def test_experts_are_unpacked_one_by_one():
+    from mlx_dgemma.products import Packing, packed_expert_product
+
+    E, inner, outer, packing = 64, 512, 512, Packing(64, 4, "affine")
+    arrays = mx.quantize(mx.random.normal((E, outer, inner)), *packing[:2])
+    x, experts = mx.random.normal((E * 4, 1, inner)), mx.repeat(mx.arange(E), 4)
+    mx.eval(x, arrays, experts)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(packed_expert_product(x, arrays, packing, experts))
+    assert mx.get_peak_memory() - before < E * inner * outer * 4 / 4
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("M", [3, 40])
+def test_half_precision_draws_only_what_has_mass(dtype, M):
+    hidden, weight, _ = inputs(7, M, 1024, 64, 3.0)
+    embedding = nn.Embedding(1024, 64)
+    embedding.weight = mx.array(weight).astype(dtype)
+    packed = embedding.to_quantized(group_size=64, bits=4)
+    weight = np.array(mx.dequantize(*Table(packed).arrays, group_size=64, bits=4, dtype=mx.float32))
+    x = mx.array(hidden).astype(dtype)
+    z = CAP * np.tanh(np.array(x.astype(mx.float32)) @ weight.T / CAP) / TEMPERATURE
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    for u in np.linspace(0.001, 0.999, 40):
+        found = Reader(x, Table(packed), CAP, TEMPERATURE).read(mx.full((M,), float(u)))
+        drawn = np.take_along_axis(p, np.array(found.sampled)[:, None], -1)
+        assert drawn.min() > 1e-7
