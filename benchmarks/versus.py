@@ -196,7 +196,8 @@ def floor(folder, env):
 # Engine, preset (mlx-vlm: sampler), prompts denoised at once.
 RUNS = [
     ("dgemma", "exact", 1), ("dgemma", "balanced", 1), ("dgemma", "fast", 1), ("dgemma", "balanced", 8),
-    ("ggml", "exact", 1), ("ggml", "balanced", 1), ("mlx-vlm", "default", 1), ("mlx-vlm", "entropy-bound", 1),
+    ("ggml", "exact", 1), ("ggml", "balanced", 1), ("ggml", "balanced", 8),
+    ("mlx-vlm", "default", 1), ("mlx-vlm", "entropy-bound", 1),
 ]  # fmt: skip
 
 

@@ -5,6 +5,8 @@ Source   mlx_dgemma/engine.py, the same on MLX
 Differs  four arrays of C numbers return from each step: the canvas, and what view and stop rule read
 """
 
+import weakref
+
 import numpy as np
 
 from mlx_dgemma.config import GenerationConfig
@@ -44,6 +46,7 @@ class GgmlEngine:
         if self.cache is None:
             # Room for the first canvas too, so that the prefix need not grow for it.
             self.cache = self.runner.make_cache(len(tokens), tokens.shape[1] + self.canvas_length)
+            weakref.finalize(self, self.runner.give_back, self.cache)
         self.runner.prefill(tokens, self.cache, padding)
 
     commit = prefill

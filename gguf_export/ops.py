@@ -50,8 +50,8 @@ class Spec(NamedTuple):
 def tensor(type: str, *ne: int) -> Spec:
     """A contiguous tensor."""
     full = (*ne, 1, 1, 1)[:4]
-    require(max(full) <= MAX_AXIS, f"an axis of {max(full)} elements, expected at most {MAX_AXIS}")
-    require(math.prod(full) <= MAX_ELEMENTS, f"{math.prod(full)} elements, expected at most {MAX_ELEMENTS}")
+    require(max(full) <= MAX_AXIS, lambda: f"an axis of {max(full)} elements, expected at most {MAX_AXIS}")
+    require(math.prod(full) <= MAX_ELEMENTS, lambda: f"{math.prod(full)} elements, expected at most {MAX_ELEMENTS}")
     return Spec(type, full, packed(full))
 
 
@@ -69,8 +69,9 @@ def trimmed(ne):
 
 
 def require(condition, found):
+    """found() says what is wrong; only then, because texts were a quarter of the time that a phase took to expand."""
     if not condition:
-        raise DgemmaError(found)
+        raise DgemmaError(found())
 
 
 class Op(NamedTuple):
@@ -91,18 +92,21 @@ class Op(NamedTuple):
 
 def _f32(*specs):
     for s in specs:
-        require(s.type == "f32", f"found {s}, expected f32")
+        require(s.type == "f32", lambda s=s: f"found {s}, expected f32")
 
 
 def _packed(*specs):
     # Stricter than ggml's own test, which forgives any stride of an axis with one element: some kernels use it.
     for s in specs:
-        require(s.strides == packed(s.ne), f"{s} is a strided view, expected a contiguous tensor; put a cont before it")
+        require(
+            s.strides == packed(s.ne),
+            lambda s=s: f"{s} is a strided view, expected a contiguous tensor; put a cont before it",
+        )
 
 
 def _rows_packed(*specs):
     for s in specs:
-        require(s.strides[0] == 1, f"{s} has strided rows, expected each row to be contiguous")
+        require(s.strides[0] == 1, lambda s=s: f"{s} has strided rows, expected each row to be contiguous")
 
 
 def _same(a):
@@ -115,93 +119,107 @@ def _same(a):
 def _binary(a, b):
     _f32(a, b)
     _rows_packed(a, b)
-    require(all(n % m == 0 for n, m in zip(a.ne, b.ne, strict=True)), f"{b} does not repeat to {a}")
+    require(all(n % m == 0 for n, m in zip(a.ne, b.ne, strict=True)), lambda: f"{b} does not repeat to {a}")
     return tensor("f32", *a.ne)
 
 
 def _get_rows(a, ids):
-    require(a.type != "i64" and ids.type == "i32", f"found rows {a} and ids {ids}, expected i32 ids")
+    require(a.type != "i64" and ids.type == "i32", lambda: f"found rows {a} and ids {ids}, expected i32 ids")
     _rows_packed(a)
     require(
-        a.ne[2] == ids.ne[1] and a.ne[3] == ids.ne[2] and ids.ne[3] == 1, f"ids {ids} do not fit the batches of {a}"
+        a.ne[2] == ids.ne[1] and a.ne[3] == ids.ne[2] and ids.ne[3] == 1,
+        lambda: f"ids {ids} do not fit the batches of {a}",
     )
     return tensor("i32" if a.type == "i32" else "f32", a.ne[0], *ids.ne[:3])
 
 
 def _set_rows(target, rows, ids):
-    require(target.type in ("f32", "f16"), f"found {target}, expected a target of f32 or f16")
+    require(target.type in ("f32", "f16"), lambda: f"found {target}, expected a target of f32 or f16")
     _f32(rows)
-    require(ids.type in ("i64", "i32"), f"found {ids}, expected i64 ids")
+    require(ids.type in ("i64", "i32"), lambda: f"found {ids}, expected i64 ids")
     _packed(target, rows, ids)
-    require(target.ne[0] == rows.ne[0] and target.ne[2:] == rows.ne[2:] == (1, 1), f"{rows} are no rows of {target}")
-    require(ids.ne == (rows.ne[1], 1, 1, 1), f"ids {ids}, expected one for each row of {rows}")
-    require(rows.ne[1] <= target.ne[1], f"{rows} has more rows than {target}")
+    require(
+        target.ne[0] == rows.ne[0] and target.ne[2:] == rows.ne[2:] == (1, 1), lambda: f"{rows} are no rows of {target}"
+    )
+    require(ids.ne == (rows.ne[1], 1, 1, 1), lambda: f"ids {ids}, expected one for each row of {rows}")
+    require(rows.ne[1] <= target.ne[1], lambda: f"{rows} has more rows than {target}")
     return target
 
 
 def _mul_mat(a, b, precision="default"):
-    require(a.type not in ("i32", "i64"), f"found {a}, expected weights or floats")
+    require(a.type not in ("i32", "i64"), lambda: f"found {a}, expected weights or floats")
     _f32(b)
     _rows_packed(a, b)
-    require(a.strides[1] >= a.ne[0] or a.ne[1] == 1, f"{a} is transposed; put a cont before it")
-    require(a.ne[0] == b.ne[0], f"rows of {a} and {b} differ in length")
-    require(b.ne[2] % a.ne[2] == 0 and b.ne[3] % a.ne[3] == 0, f"{a} does not repeat over the batches of {b}")
+    require(a.strides[1] >= a.ne[0] or a.ne[1] == 1, lambda: f"{a} is transposed; put a cont before it")
+    require(a.ne[0] == b.ne[0], lambda: f"rows of {a} and {b} differ in length")
+    require(b.ne[2] % a.ne[2] == 0 and b.ne[3] % a.ne[3] == 0, lambda: f"{a} does not repeat over the batches of {b}")
     return tensor("f32", a.ne[1], *b.ne[1:])
 
 
 def _mul_mat_id(experts, b, ids):
-    require(experts.type not in ("i32", "i64") and ids.type == "i32", f"found {experts} and {ids}, expected i32 ids")
+    require(
+        experts.type not in ("i32", "i64") and ids.type == "i32", lambda: f"found {experts} and {ids}, expected i32 ids"
+    )
     _f32(b)
     _packed(experts, b)
     _rows_packed(ids)
-    require(experts.ne[3] == b.ne[3] == 1 and ids.ne[2:] == (1, 1), "expected three axes and two of ids")
-    require(experts.ne[0] == b.ne[0], f"rows of {experts} and {b} differ in length")
-    require(ids.ne[1] == b.ne[2] and ids.ne[0] % b.ne[1] == 0, f"ids {ids} do not fit {b}")
-    require(ids.ne[0] <= experts.ne[2], f"ids {ids} choose more experts than {experts} has")
+    require(experts.ne[3] == b.ne[3] == 1 and ids.ne[2:] == (1, 1), lambda: "expected three axes and two of ids")
+    require(experts.ne[0] == b.ne[0], lambda: f"rows of {experts} and {b} differ in length")
+    require(ids.ne[1] == b.ne[2] and ids.ne[0] % b.ne[1] == 0, lambda: f"ids {ids} do not fit {b}")
+    require(ids.ne[0] <= experts.ne[2], lambda: f"ids {ids} choose more experts than {experts} has")
     return tensor("f32", experts.ne[1], ids.ne[0], b.ne[2])
 
 
 def _out_prod(a, b):
     _f32(a, b)
     _packed(a, b)
-    require(a.ne[1:] == b.ne[1:], f"{a} and {b} differ in rows")
+    require(a.ne[1:] == b.ne[1:], lambda: f"{a} and {b} differ in rows")
     return tensor("f32", a.ne[0], b.ne[0], *a.ne[2:])
 
 
 def _rms_norm(a, eps):
     _f32(a)
     _packed(a)
-    require(eps >= 0, f"eps is {eps}, expected 0 or more")
+    require(eps >= 0, lambda: f"eps is {eps}, expected 0 or more")
     return tensor("f32", *a.ne)
 
 
 def _rope(a, positions, factors=None, *, dims, base, style):
     _f32(a)
     _packed(a)
-    require(positions.type == "i32" and positions.ne == (a.ne[2], 1, 1, 1), f"positions {positions} do not fit {a}")
+    require(
+        positions.type == "i32" and positions.ne == (a.ne[2], 1, 1, 1), lambda: f"positions {positions} do not fit {a}"
+    )
     _packed(positions)
-    require(a.ne[0] % 2 == 0, f"{a} has an odd row, expected pairs")
-    require(2 <= dims <= a.ne[0] and dims % 2 == 0, f"rotates {dims} of {a.ne[0]}, expected an even number within")
-    require(base > 0, f"base is {base}, expected a positive number")
+    require(a.ne[0] % 2 == 0, lambda: f"{a} has an odd row, expected pairs")
+    require(
+        2 <= dims <= a.ne[0] and dims % 2 == 0, lambda: f"rotates {dims} of {a.ne[0]}, expected an even number within"
+    )
+    require(base > 0, lambda: f"base is {base}, expected a positive number")
     if factors is not None:
         _f32(factors)
         _packed(factors)
-        require(factors.ne[0] >= a.ne[0] // 2, f"factors {factors}, expected one per pair of {a}")
+        require(factors.ne[0] >= a.ne[0] // 2, lambda: f"factors {factors}, expected one per pair of {a}")
     return tensor("f32", *a.ne)
 
 
 def _mask_fits(mask, keys, queries, batches):
-    require(mask.type == "f16", f"found a mask {mask}, expected f16")
+    require(mask.type == "f16", lambda: f"found a mask {mask}, expected f16")
     _packed(mask)
-    require(mask.ne == (keys, queries, 1, batches), f"mask {mask}, expected {keys} keys, {queries} queries, {batches}")
+    require(
+        mask.ne == (keys, queries, 1, batches),
+        lambda: f"mask {mask}, expected {keys} keys, {queries} queries, {batches}",
+    )
 
 
 def _flash_attn(q, k, v, mask, *, scale):
     _f32(q)
     _rows_packed(q, k, v)
-    require(k.type in ("f32", "f16") and v.type == k.type, f"found keys {k} and values {v}, expected f32 or f16")
-    require(k.ne == v.ne and q.ne[0] == k.ne[0] and q.ne[3] == k.ne[3], f"queries {q} do not fit keys {k}")
-    require(q.ne[2] % k.ne[2] == 0, f"{q.ne[2]} query heads are no multiple of {k.ne[2]} key heads")
+    require(
+        k.type in ("f32", "f16") and v.type == k.type, lambda: f"found keys {k} and values {v}, expected f32 or f16"
+    )
+    require(k.ne == v.ne and q.ne[0] == k.ne[0] and q.ne[3] == k.ne[3], lambda: f"queries {q} do not fit keys {k}")
+    require(q.ne[2] % k.ne[2] == 0, lambda: f"{q.ne[2]} query heads are no multiple of {k.ne[2]} key heads")
     _mask_fits(mask, k.ne[1], q.ne[1], q.ne[3])
     return tensor("f32", v.ne[0], q.ne[2], q.ne[1], q.ne[3])
 
@@ -217,44 +235,48 @@ def _soft_max(a, mask=None, *, scale=1.0):
 def _geglu(a):
     _f32(a)
     _packed(a)
-    require(a.ne[0] % 2 == 0, f"{a} has an odd row, expected gate and up")
+    require(a.ne[0] % 2 == 0, lambda: f"{a} has an odd row, expected gate and up")
     return tensor("f32", a.ne[0] // 2, *a.ne[1:])
 
 
 def _geglu_split(gate, up):
     _f32(gate, up)
     _packed(gate, up)
-    require(gate.ne == up.ne, f"gate {gate} and up {up} differ")
+    require(gate.ne == up.ne, lambda: f"gate {gate} and up {up} differ")
     return tensor("f32", *gate.ne)
 
 
 def _plain(a):
-    require(a.type in PLAIN, f"found {a}, expected f32, f16, i32 or i64")
+    require(a.type in PLAIN, lambda: f"found {a}, expected f32, f16, i32 or i64")
 
 
 def _reshape(a, shape):
     _plain(a)
     _packed(a)
     result = tensor(a.type, *shape)
-    require(result.elements == a.elements, f"{a} has {a.elements} elements, the new shape {result.elements}")
+    require(result.elements == a.elements, lambda: f"{a} has {a.elements} elements, the new shape {result.elements}")
     return result
 
 
 def _view(a, shape, strides, offset):
     _plain(a)
     _packed(a)
-    require(strides[0] == 1 and len(strides) == len(shape), f"strides are {strides}, expected one per axis, 1 first")
+    require(
+        strides[0] == 1 and len(strides) == len(shape), lambda: f"strides are {strides}, expected one per axis, 1 first"
+    )
     result = Spec(a.type, tensor(a.type, *shape).ne, (*strides, *(strides[-1:] * 4))[:4])
     last = offset + sum((n - 1) * s for n, s in zip(result.ne, result.strides, strict=True))
-    require(offset >= 0 and last < a.elements, f"the view's last element is {last}, {a} has {a.elements}")
+    require(offset >= 0 and last < a.elements, lambda: f"the view's last element is {last}, {a} has {a.elements}")
     # ggml counts the elements of a view from its offset on, however they overlap.
-    require(offset + result.elements <= a.elements, f"the view has {result.elements} elements, {a} has {a.elements}")
+    require(
+        offset + result.elements <= a.elements, lambda: f"the view has {result.elements} elements, {a} has {a.elements}"
+    )
     return result
 
 
 def _permute(a, axes):
     _plain(a)
-    require(sorted(axes) == [0, 1, 2, 3], f"axes are {axes}, expected 0 to 3 in some order")
+    require(sorted(axes) == [0, 1, 2, 3], lambda: f"axes are {axes}, expected 0 to 3 in some order")
     ne, strides = [0] * 4, [0] * 4
     for i, axis in enumerate(axes):
         ne[axis], strides[axis] = a.ne[i], a.strides[i]
@@ -262,20 +284,22 @@ def _permute(a, axes):
 
 
 def _cont(a):
-    require(a.type in ("f32", "f16", "i32"), f"found {a}, expected f32, f16 or i32")
+    require(a.type in ("f32", "f16", "i32"), lambda: f"found {a}, expected f32, f16 or i32")
     return tensor(a.type, *a.ne)
 
 
 def _cast(a, type):
-    require((a.type, type) in {("f32", "i32"), ("i32", "f32"), ("f32", "f16"), ("f16", "f32")}, f"{a} to {type}")
+    require(
+        (a.type, type) in {("f32", "i32"), ("i32", "f32"), ("f32", "f16"), ("f16", "f32")}, lambda: f"{a} to {type}"
+    )
     _packed(a)
     return tensor(type, *a.ne)
 
 
 def _cpy(a, target):
-    require(a.type == target.type and a.type in ("f32", "i32"), f"found {a} and {target}, expected one type")
+    require(a.type == target.type and a.type in ("f32", "i32"), lambda: f"found {a} and {target}, expected one type")
     _packed(a, target)
-    require(a.elements == target.elements, f"{a} and {target} differ in size")
+    require(a.elements == target.elements, lambda: f"{a} and {target} differ in size")
     return target
 
 
@@ -283,14 +307,14 @@ def _repeat(a, shape):
     _f32(a)
     _packed(a)
     result = tensor("f32", *shape)
-    require(all(n % m == 0 for n, m in zip(result.ne, a.ne, strict=True)), f"{a} does not repeat to {result}")
+    require(all(n % m == 0 for n, m in zip(result.ne, a.ne, strict=True)), lambda: f"{a} does not repeat to {result}")
     return result
 
 
 def _pad(a, right):
     _f32(a)
     _packed(a)
-    require(right >= 0, f"pads by {right}, expected 0 or more")
+    require(right >= 0, lambda: f"pads by {right}, expected 0 or more")
     return tensor("f32", a.ne[0] + right, *a.ne[1:])
 
 
@@ -302,7 +326,7 @@ def _argsort(a, order):
 
 def _argsort_top_k(a, k):
     full = _argsort(a, "descending")
-    require(0 < k <= a.ne[0], f"k is {k}, expected 1 to {a.ne[0]}")
+    require(0 < k <= a.ne[0], lambda: f"k is {k}, expected 1 to {a.ne[0]}")
     return Spec("i32", (k, *a.ne[1:]), full.strides)
 
 
@@ -314,7 +338,7 @@ def _top_k(a, k):
 def _argmax(a):
     _f32(a)
     _packed(a)
-    require(a.ne[2:] == (1, 1), f"found {a}, expected a matrix")
+    require(a.ne[2:] == (1, 1), lambda: f"found {a}, expected a matrix")
     return tensor("i32", a.ne[1])
 
 
@@ -325,7 +349,7 @@ def _sum_rows(a):
 
 
 def _clamp(a, min, max):
-    require(min <= max, f"min is {min} and max {max}")
+    require(min <= max, lambda: f"min is {min} and max {max}")
     return _same(a)
 
 
@@ -334,7 +358,7 @@ def _scale(a, factor, bias=0.0):
 
 
 def _arange(stop):
-    require(0 < stop < 1 << 24, f"counts to {stop}, expected 1 to {1 << 24}, where float32 is exact")
+    require(0 < stop < 1 << 24, lambda: f"counts to {stop}, expected 1 to {1 << 24}, where float32 is exact")
     return tensor("f32", stop)
 
 

@@ -31,7 +31,7 @@ from .memory import Memory, check_fits
 from .quantize import cores
 
 RUN = ("prefill", "denoise+sample")  # the graphs; commit is prefill
-KEPT_GRAPHS = 16  # expanded, not compiled: one takes milliseconds to make and a megabyte to keep
+KEPT_GRAPHS = 32  # expanded, not compiled: one takes milliseconds to make and a megabyte to keep
 MAX_THREADS = 512  # GGML_MAX_N_THREADS; more end the process
 PREFILL_CHUNK = 512  # prompt tokens encoded at once: bounds the memory of attention scores
 
@@ -50,6 +50,11 @@ class Prefix:
         self.state = self.runner.executor.new_state(
             self.runner.persistent(self.shape(self.runner.config.canvas_length))
         )
+
+    def clear(self) -> None:
+        """Empty again. What its slots hold is overwritten before any mask shows it."""
+        self.length, self.step_inputs = 0, None
+        self.padding = np.zeros(self.rows, np.int32)
 
     def shape(self, tokens: int) -> Shape:
         return Shape(self.rows, tokens, self.length, self.runner.slots_sliding, self.room)
@@ -138,6 +143,7 @@ class Runner:
         self.stored = stored_specs(self.model.file)
         self.slots_sliding = rounded(self.config.sliding_window - 1 + max(self.config.canvas_length, PREFILL_CHUNK))
         self._graphs: dict[tuple, Graph] = {}
+        self._spare: Prefix | None = None
         self._needs: dict[tuple[int, int], list[int]] = {}  # (rows, room) → bytes on each device
         weights = self._weights()  # before anything is allocated: a wrong description ends here
         if executor is None:
@@ -159,7 +165,16 @@ class Runner:
 
     def make_cache(self, rows: int = 1, room: int | None = None) -> Prefix:
         """An empty prefix for `rows` rows. room: tokens it can hold before it must grow."""
-        return Prefix(self, rows, room or self.config.canvas_length)
+        room, spare = rounded(room or self.config.canvas_length), self._spare
+        if spare is not None and spare.rows == rows and room <= spare.room <= 2 * room:
+            self._spare = None
+            spare.clear()
+            return spare
+        return Prefix(self, rows, room)
+
+    def give_back(self, cache: Prefix) -> None:
+        """Keep a prefix that nobody reads any more, with its compiled graphs, for the next `make_cache` of its size."""
+        self._spare = cache
 
     def encode(self, tokens, cache: Prefix, padding=None) -> np.ndarray:
         """Append tokens to the prefix: causal, sliding layers within their window.

@@ -321,6 +321,21 @@ def test_a_chat_keeps_its_prefix(path):
     assert a.stats.reused_tokens > 0 == b.stats.reused_tokens
 
 
+def test_the_next_generation_takes_the_memory_of_the_last(path):
+    runner = runner_of(path)
+    config = runner.generation_config.replace(max_new_tokens=32, max_denoising_steps=2)
+    tokenizer, states, texts = runner.tokenizer(), [], []
+    for prompt in ("a longer prompt than the others", "b", "a longer prompt than the others"):
+        session = make_session(runner, tokenizer)
+        *_, done = session.stream([[{"role": "user", "content": prompt}]], config)
+        texts.append(done.text)
+        states.append(runner._spare.state)
+    assert states[0] is states[1] is states[2] and texts[0] == texts[2]
+    assert runner.make_cache(2).state is not states[0]
+    fresh = make_session(runner_of(path), tokenizer)
+    assert list(fresh.stream([[{"role": "user", "content": "b"}]], config))[-1].text == texts[1]
+
+
 def test_graphs_are_built_once_per_shape(path):
     runner = runner_of(path)
     cache = runner.make_cache()
