@@ -67,8 +67,9 @@ def test_every_setting_of_the_table_is_an_option():
     settings = (ROOT / "docs/denoising.md").read_text().split("## Settings")[1]
     options = set(re.findall(r"`(--[a-z-]+)", settings))
     assert {"--steps", "--t-min", "--seed"} <= options
+    values = {"--dtype": ["float32"], "--drop-tail": []}
     for option in options:
-        parse(["--model", "m", "--prompt", "p", option, "float32" if option == "--dtype" else "1"])
+        parse(["--model", "m", "--prompt", "p", option, *values.get(option, ["1"])])
 
 
 def test_the_readmes_python_runs(tmp_path, capsys):
