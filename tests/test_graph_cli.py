@@ -116,7 +116,7 @@ def test_a_chat_on_ggml(path):
 
 
 def test_ctrl_c_ends_between_steps(path):
-    command = [*COMMAND, "run", "--model", str(path), "--prompt", "on", "--max-tokens", "4000", "--threads", "1"]
+    command = [*COMMAND, "run", "--model", str(path), "--prompt", "on", "--steps", "1000000", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert "loaded" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
