@@ -117,10 +117,15 @@ def test_a_chat_on_ggml(path):
 
 def test_ctrl_c_ends_between_steps(path):
     command = [*COMMAND, "run", "--model", str(path), "--prompt", "on", "--steps", "1000000", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert "loaded" in process.stderr.readline()
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=30)
+    # A test run in the background has SIGINT ignored, and so would its children.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes) as process:
+        try:
+            assert "loaded" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130 and "Traceback" not in rest
 
 
