@@ -17,6 +17,7 @@ def chat(answer: Callable[[list[dict]], Done], messages: list[dict], first: str 
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 - gives input() line editing
+        print("an empty line ends the chat", file=sys.stderr)
     prompt = first
     while prompt := prompt or read_prompt():
         turn = {"role": "user", "content": prompt}
