@@ -38,9 +38,10 @@ def report(
     types = stored_specs(model.file)
     library = chosen = None
     if device or ops:
-        from .devices import choose, open_ggml
+        from .devices import check_version, choose, open_ggml
 
         library = open_ggml()
+        check_version(found, library)
         chosen = choose(library, device) if device else None
     options = chosen_options(found, model, on_cpu=chosen is not None and chosen.kind == "cpu", **given)
 

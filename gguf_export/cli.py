@@ -8,8 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
-from mlx_dgemma.cli import Loaded, add_options, check_options, generate, guarded
-from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.cli import Loaded, add_options, check_options, generate, guarded, settings_of
+from mlx_dgemma.config import GenerationConfig
 from mlx_dgemma.quality import error_table
 from mlx_dgemma.units import human_bytes
 
@@ -179,15 +179,10 @@ def open_runner(options):
 
 
 def _run(options):
-    from .engine import make_session
+    from .engine import check_settings, make_session
 
     options.check(options)
-    for name in ("first_canvas", "conditioning_k", "drop_tail"):
-        if getattr(options, name) is not None:
-            raise DgemmaError(
-                f"--{name.replace('_', '-')} is for MLX: a graph here has whole canvases; leave it out, or use "
-                "python -m mlx_dgemma.generate"
-            )
+    check_settings(settings_of(GenerationConfig(), options))  # before a model is read
 
     def load():
         runner = open_runner(options)

@@ -11,10 +11,21 @@ import numpy as np
 
 from mlx_dgemma.config import GenerationConfig
 from mlx_dgemma.denoise import Step
+from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.session import Session
 from mlx_dgemma.tokenizer import Tokenizer
 
 from .runner import Prefix, Runner
+
+
+def check_settings(config: GenerationConfig) -> None:
+    """Raises DgemmaError for what only MLX does: it would be ignored without a word."""
+    for name in ("first_canvas", "conditioning_k", "drop_tail"):
+        if value := getattr(config, name):
+            raise DgemmaError(
+                f"{name} is {value}, which is for MLX: a graph on ggml has whole canvases; leave it out, or use "
+                "python -m mlx_dgemma.generate"
+            )
 
 
 class GgmlEngine:
@@ -27,7 +38,7 @@ class GgmlEngine:
         self.flexible = False  # a graph is compiled for whole canvases
 
     def use(self, config: GenerationConfig) -> None:
-        """Nothing: schedule and stop rule are the loop's."""
+        check_settings(config)  # schedule and stop rule are the loop's
 
     @property
     def cache_bytes(self) -> int:

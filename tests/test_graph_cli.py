@@ -145,6 +145,10 @@ def test_devices_lists_the_cpu(capsys):
         (["run", "--threads", "0"], "--threads is 0, expected 1 to 512"),
         (["run", "-t", "100000"], "--threads is 100000, expected 1 to 512"),
         (["run", "--steps", "0"], "--steps is 0"),
+        (["run", "--first-canvas", "8"], "first_canvas is 8, which is for MLX"),
+        (["run", "--conditioning-k", "2"], "conditioning_k is 2, which is for MLX"),
+        (["run", "--drop-tail"], "drop_tail is True, which is for MLX"),
+        (["run", "--preset", "best"], "preset is 'best', expected one of exact, balanced, fast"),
     ],
 )
 def test_bad_options_of_run(path, capsys, arguments, message):
@@ -212,6 +216,7 @@ def test_a_description_from_another_time(path, tmp_path, capsys):
         assert message in error_line(
             capsys, "run", "--model", path, "--prompt", "on", "--description", tmp_path / "d.json"
         )
+        assert message in error_line(capsys, "check", path, tmp_path / "d.json", "--device", "cpu")
 
 
 def test_a_truncated_description(path, tmp_path, capsys):
