@@ -124,7 +124,7 @@ def apart(runner: Runner, cache: Prefix, step, repeat: int) -> tuple[Spent, Spen
     temperature, bound, uniforms, renoise = step
     given = {
         "logits": logits, "temperature": np.float32([temperature]), "entropy_bound": np.float32([bound]),
-        "uniforms": uniforms, "renoise": renoise.astype(np.float32),
+        "uniforms": uniforms, "renoise": renoise.astype(np.float32), "free": np.ones_like(renoise, np.float32),
     }  # fmt: skip
     second = cache.state.compiled(sample, sample.targets, False)
     return spent, timed(lambda: second.run(given), repeat)

@@ -283,8 +283,8 @@ json read_description(const std::string & path) {
     json d = json::parse(file, nullptr, false);
     if (!d.is_object()) fail(path + " is no JSON object, expected a graph description");
     const json format = d.value("format", json::object());
-    if (format.value("name", "") != "dgemma-graph" || format.value("major", 0) != 1)
-        fail(path + ": format is " + format.dump() + ", expected dgemma-graph 1.x");
+    if (format.value("name", "") != "dgemma-graph" || format.value("major", 0) != 2)
+        fail(path + ": format is " + format.dump() + ", expected dgemma-graph 2.x");
     return d;
 }
 

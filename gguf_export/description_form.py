@@ -20,8 +20,8 @@ GIVEN = {
     "prefill": {"tokens": ("i32", "M")},
     "denoise": {},
     "sample": {
-        "logits": ("f32", "V*M"), "temperature": ("f32", 1), "entropy_bound": ("f32", 1),
-        "uniforms": ("f32", "M"), "renoise": ("f32", "M"),
+        "logits": ("f32", "V*M"), "temperature": ("f32", "B"), "entropy_bound": ("f32", 1),
+        "uniforms": ("f32", "M"), "renoise": ("f32", "M"), "free": ("f32", "M"),
     },
 }  # fmt: skip
 RETURNED = {

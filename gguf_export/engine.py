@@ -65,9 +65,21 @@ class GgmlEngine:
     def start(self, canvas: np.ndarray) -> None:
         self.runner.start(canvas, self.cache)
 
-    def step(self, temperature: float, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray) -> Step:
-        out = self.runner.step(self.cache, temperature, entropy_bound, uniforms, renoise)
+    def step(self, temperature, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray, free=None) -> Step:
+        """temperature: a number, or one per row. free: all slots by default."""
+        out = self.runner.step(self.cache, temperature, entropy_bound, uniforms, renoise, free)
         return Step(out["draft"], out["next_canvas"], out["accepted"] > 0.5, out["entropy"])
+
+    def logits(self, temperature: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Processed logits of the canvas for `tokens` (A,): (B, C, A). The graph computes those of all tokens."""
+        found = self.runner.logits(self.cache)[..., tokens]
+        return found / np.reshape(temperature, (-1, 1, 1)).astype(np.float32)
+
+    def put(self, canvas: np.ndarray, shares: np.ndarray, tokens: np.ndarray) -> None:
+        """What the next step reads: canvas (B, C), and self-conditioning from shares (B, C, A) of `tokens` (A,)."""
+        whole = np.zeros((*shares.shape[:2], self.vocab_size), np.float32)
+        whole[..., tokens] = shares
+        self.runner.put(self.cache, canvas, whole)
 
 
 def make_session(runner: Runner, tokenizer: Tokenizer, keep_prefix: bool = False) -> Session:

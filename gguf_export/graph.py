@@ -31,7 +31,7 @@ from .ggml import OLDEST
 from .graph_nodes import ENCODER, EXACT, TOP_K, denoise_nodes, layer_nodes, prefill_nodes, sample_nodes
 from .ops import WEIGHT_TYPES
 
-FORMAT, MAJOR, MINOR = "dgemma-graph", 1, 0
+FORMAT, MAJOR, MINOR = "dgemma-graph", 2, 0
 ARCHITECTURE = "diffusion-gemma"
 TOP_K_TOKENS = 64  # X: likeliest tokens per slot that top-k self-conditioning keeps
 KEYS_MULTIPLE = 256  # slots read: GPU kernels of flash attention want whole blocks
@@ -177,7 +177,11 @@ def _template(kind, layer, config, split):
 
 
 def _phases(config):
-    step = {"uniforms": "one number in (0, 1) per slot", "renoise": "a random token per slot"}
+    step = {
+        "uniforms": "one number in (0, 1) per slot",
+        "renoise": "a random token per slot; where the token is known, that one",
+        "free": "0 where a slot's token is known, else 1",
+    }
     number = {"type": "f32", "shape": [1]}
     slot = {"type": "f32", "shape": [1, "M"]}
     return {
@@ -202,7 +206,7 @@ def _phases(config):
             "sizes": {"T": "C"},
             "inputs": {
                 "logits": {"type": "f32", "shape": ["V", "M"], "from": "denoise"},
-                "temperature": {**number, "says": "of this step"},
+                "temperature": {"type": "f32", "shape": [1, 1, "B"], "says": "of this step, per row"},
                 "entropy_bound": {**number, "says": "nats"},
                 **{name: {**slot, "says": says} for name, says in step.items()},
             },

@@ -217,7 +217,9 @@ def sample_nodes(config) -> Nodes:
     n = Nodes(config.rms_norm_eps)
     V = config.vocab_size
     # Element by element against a full row: ggml's CPU broadcasts a single number far more slowly.
-    processed = n.add("processed", "div", "logits", n.add("temperatures", "repeat", "temperature", shape=["V"]))
+    temperatures = n.add("temperatures", "repeat", "temperature", shape=["V", 1, "B"])
+    divided = n.add("divided", "div", n.reshape("logits_rows", "logits", "V", "C", "B"), temperatures)
+    processed = n.reshape("processed", divided, "V", "M")
     n.add("draft", "argmax", processed)
     shares = n.add("token_shares", "soft_max", processed)
     _entropies(n, shares)
@@ -277,17 +279,22 @@ def _sample(n, shares, V):
 
 
 def _accept(n):
-    """From surest to least sure, keep slots while the entropy spent before is within the bound. [C, B] of 0 and 1"""
-    rows = n.reshape("entropy_rows", "entropy", "C", "B")
+    """From surest to least sure, keep slots while the entropy spent before is within the bound. [C, B] of 0 and 1
+
+    A slot that is not free spends nothing, so that it comes first, and is not kept.
+    """
+    counted = n.add("entropy_counted", "clamp", n.add("entropy_free", "mul", "entropy", "free"), min=0.0, max=1e6)
+    rows = n.reshape("entropy_rows", counted, "C", "B")
     order = n.add("order", "argsort", rows, order="ascending")
-    cost = n.reshape("cost", n.add("cost_rows", "get_rows", n.reshape("entropy_slots", "entropy", 1, "C", "B"), order),
+    cost = n.reshape("cost", n.add("cost_rows", "get_rows", n.reshape("entropy_slots", counted, 1, "C", "B"), order),
                      "C", "B")  # fmt: skip
     spent = n.add("spent_before", "sub", n.add("spent", "cumsum", cost), cost)
     too_much = n.add("too_much", "step", n.add("overspent", "sub", spent, "entropy_bound"))
     kept = n.add("kept", "scale", too_much, factor=-1.0, bias=1.0)
     rank = n.add("rank", "argsort", n.add("order_float", "cast", order, type="f32"), order="ascending")
     back = n.add("accepted_rows", "get_rows", n.reshape("kept_slots", kept, 1, "C", "B"), rank)
-    n.reshape("accepted", back, "C", "B")
+    within = n.reshape("within_bound", back, "C", "B")
+    n.add("accepted", "mul", within, n.reshape("free_rows", "free", "C", "B"))
 
 
 def _embed(n, tokens, config):

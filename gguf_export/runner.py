@@ -218,10 +218,10 @@ class Runner:
         """
         self.start(canvas, cache)
         if self_conditioning_logits is not None:
-            self._believe(np.asarray(self_conditioning_logits, np.float32), cache)
-        graph = self.graph("denoise", cache.shape(self.config.canvas_length))
-        out = self.executor.compute(cache.state, graph, layer_inputs(graph, cache.padding), graph.outputs)
-        return out["logits"].reshape(cache.rows, self.config.canvas_length, -1)
+            logits = np.asarray(self_conditioning_logits, np.float32)
+            shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            self._believe(shares / shares.sum(axis=-1, keepdims=True), cache)
+        return self.logits(cache)
 
     def start(self, canvas, cache: Prefix) -> None:
         """Begin a block: canvas (B, C), and no belief from a step before."""
@@ -236,24 +236,40 @@ class Runner:
                 cache.state.write(name, np.zeros(spec.ne[::-1], np.int32 if spec.type == "i32" else np.float32))
         cache.step_inputs = None
 
-    def step(self, cache: Prefix, temperature: float, entropy_bound: float, uniforms, renoise) -> dict[str, np.ndarray]:
+    def step(
+        self, cache: Prefix, temperature, entropy_bound: float, uniforms, renoise, free=None
+    ) -> dict[str, np.ndarray]:
         """Denoise, sample, accept and renoise the canvas of `start`; it stays on the device.
 
-        uniforms (B, C) in (0, 1), renoise (B, C) tokens. Returns draft, accepted, entropy, next_canvas, each (B, C).
+        temperature: a number, or one per row. uniforms (B, C) in (0, 1), renoise (B, C) tokens. free (B, C) bool, by
+        default all: the other slots spend no entropy and take their renoise token, which is the known one. Returns
+        draft, accepted, entropy, next_canvas, each (B, C).
         """
         graph = self.graph("denoise+sample", cache.shape(self.config.canvas_length))
         if cache.step_inputs is None:
             cache.step_inputs = layer_inputs(graph, cache.padding)
         inputs = {
             **cache.step_inputs,
-            "temperature": np.float32([temperature]),
+            "temperature": np.broadcast_to(np.asarray(temperature, np.float32).reshape(-1), cache.rows),
             "entropy_bound": np.float32([entropy_bound]),
             "uniforms": np.asarray(uniforms, np.float32),
             "renoise": self._tokens(renoise, cache).astype(np.float32),
+            "free": np.ones_like(renoise, np.float32) if free is None else np.asarray(free, np.float32),
         }
         targets = graph.targets
         out = self.executor.compute(cache.state, graph, inputs, targets)
         return {name: out[name].reshape(cache.rows, -1) for name in graph.outputs}
+
+    def logits(self, cache: Prefix) -> np.ndarray:
+        """Softcapped logits (B, C, V) of the canvas on the device, with the beliefs of the step before."""
+        graph = self.graph("denoise", cache.shape(self.config.canvas_length))
+        out = self.executor.compute(cache.state, graph, layer_inputs(graph, cache.padding), graph.outputs)
+        return out["logits"].reshape(cache.rows, self.config.canvas_length, -1)
+
+    def put(self, cache: Prefix, canvas, shares) -> None:
+        """What the next step reads instead of its own: canvas (B, C), belief as shares (B, C, V) that add up to 1."""
+        cache.state.write("canvas", self._tokens(canvas, cache))
+        self._believe(np.asarray(shares, np.float32), cache)
 
     def memory(self, cache: Prefix | None = None) -> Memory:
         """What the weights and one prefix take now."""
@@ -303,10 +319,9 @@ class Runner:
                     raise DgemmaError(f"description: {name} differs between phases, expected one tensor; {NEXT}")
         return found.values()
 
-    def _believe(self, logits, cache):
-        """Store what a step with these processed logits would have stored. (B, C, V)"""
-        shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        shares = (shares / shares.sum(axis=-1, keepdims=True)).reshape(-1, logits.shape[-1])
+    def _believe(self, shares, cache):
+        """Store what a step that found these shares would have stored. (B, C, V)"""
+        shares = shares.reshape(-1, shares.shape[-1])
         if self.options["self_conditioning"] == "exact":
             cache.state.write("sc_shares", shares)
             return

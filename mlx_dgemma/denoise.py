@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from .clamp import Clamp, unclamped
 from .config import GenerationConfig
 from .errors import DgemmaError
 from .events import BlockDone, StepDone
@@ -44,8 +45,13 @@ class Engine(Protocol):
     def start(self, canvas: np.ndarray) -> None:
         """Begin a block from `canvas` (B, C), with no self-conditioning."""
 
-    def step(self, temperature: float, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray) -> Step:
-        """One decoder pass: sample with `uniforms` (B, C), accept, put `renoise` (B, C) elsewhere."""
+    def step(
+        self, temperature: np.ndarray, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray, free: np.ndarray
+    ) -> Step:
+        """One decoder pass: sample with `uniforms` (B, C), accept, put `renoise` (B, C) elsewhere.
+
+        temperature (B,). free (B, C) bool: the other slots spend no entropy and are never accepted.
+        """
 
     def select(self, rows: np.ndarray, length: int) -> None:
         """Go on with these rows and the first `length` slots of the canvas, until the next `start`."""
@@ -59,23 +65,29 @@ def denoise_blocks(
     config: GenerationConfig,
     stream: NoiseStream,
     rows: list[int],
-    schedule: Callable[[int], float] | None = None,
+    schedule: Callable[[np.ndarray], np.ndarray] | None = None,
     stop_rule: Callable[[], Callable] | None = None,
+    clamp: Clamp | None = None,
 ) -> Iterator[StepDone | BlockDone]:
     """Denoise blocks after the engine's prefix until every row met a stop id or has max_new_tokens.
 
-    rows: the noise row id of each batch row. schedule: step → temperature. stop_rule: makes a block's stop rule.
+    rows: the noise row id of each batch row. schedule: steps (B,) → temperatures (B,). stop_rule: makes a block's stop rule.
+    clamp: what is known of the answers. A canvas that starts with less noise starts that much later in the schedule.
     """
     schedule = schedule or default_schedule(config)
     began = time.perf_counter()
     finished = np.zeros(len(rows), bool)
     engine.use(config)
     lengths = canvas_lengths(config, engine.canvas_length, engine.flexible)
-    n_blocks = len(lengths)
+    n_blocks, first = len(lengths), 0
+    clamp = clamp or unclamped(len(rows))
+    known_until = clamp.text_end((*config.stop_token_ids, config.pad_token_id))
     for block, C in enumerate(lengths):
         rule = stop_rule() if stop_rule else default_stop_rule(config)
-        draft, steps = yield from _denoise_block(engine, config, stream, rows, block, C, finished, schedule, rule)
-        tokens, stopped = close_canvas(draft, finished, config)
+        held = clamp.canvas(first, C)
+        draft, steps = yield from _denoise_block(engine, config, stream, rows, block, held, finished, schedule, rule)
+        tokens, stopped = close_canvas(draft, finished, config, known_until - first)
+        first += C
         yield BlockDone(block, tokens, steps, time.perf_counter() - began)
         finished |= stopped
         if finished.all():
@@ -96,36 +108,42 @@ def canvas_lengths(config: GenerationConfig, longest: int, flexible: bool = True
     return lengths
 
 
-def _denoise_block(engine, config, stream, rows, block, C, finished, schedule, rule):
-    V = engine.vocab_size
-    draft = canvas = stream.canvas(rows, block, C, V)
-    play = InPlay(engine, canvas, config)
-    settled = finished.copy()
+def _denoise_block(engine, config, stream, rows, block, held, finished, schedule, rule):
+    V, C, free = engine.vocab_size, held.tokens.shape[1], held.free
+    draft = canvas = held.start(stream.canvas(rows, block, C, V))
+    skipped = (1 - held.noise_share) * (config.schedule_steps or config.max_denoising_steps)
+    play = InPlay(engine, canvas, free, config)
+    settled = finished | held.known.all(axis=-1)
     steps = np.zeros(len(rows), np.int32)
     for step in range(config.max_denoising_steps):
+        if settled.all():
+            break
         running = ~settled
         play.narrow(running)
         steps += running
-        temperature = schedule(step)
+        temperature = np.broadcast_to(schedule(step + skipped), len(rows))
         uniforms = stream.uniforms(rows, block, step, C)
-        renoise = stream.renoise(rows, block, step, C, V)
+        renoise = held.impose(stream.renoise(rows, block, step, C, V))
         new = play.step(temperature, uniforms, renoise)
         # A settled row keeps what it had when it settled; the passes the others still need do not change it.
-        draft = np.where(running[:, None], new.draft, draft)
+        draft = np.where(running[:, None], held.impose(new.draft), draft)
         canvas = np.where(running[:, None], new.canvas, canvas)
-        yield StepDone(block, step, temperature, draft, canvas, new.accepted, new.entropy, running)
-        settled = settled | rule(draft, new.entropy)
-        if settled.all():
-            break
+        entropy = np.where(free, new.entropy, 0)
+        yield StepDone(block, step, temperature, draft, canvas, new.accepted, entropy, running, held.known)
+        settled = settled | rule(draft, entropy, free)
     return draft, steps
 
 
-def close_canvas(draft: np.ndarray, finished: np.ndarray, config: GenerationConfig) -> tuple[np.ndarray, np.ndarray]:
+def close_canvas(
+    draft: np.ndarray, finished: np.ndarray, config: GenerationConfig, known_until: np.ndarray | int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Pad what follows each row's first stop id, and all of a row finished before.
 
-    draft (B, C), finished (B,) → tokens (B, C), which rows hold a stop id (B,)
+    draft (B, C), finished (B,) → tokens (B, C), which rows hold a stop id (B,). known_until (B,): a stop id in front
+    of this slot ends nothing, because known text follows it.
     """
-    is_stop = np.isin(draft, config.stop_token_ids)
+    at = np.arange(draft.shape[1])
+    is_stop = np.isin(draft, config.stop_token_ids) & (at >= np.reshape(known_until, (-1, 1)))
     after_stop = np.cumsum(is_stop, axis=-1) - is_stop > 0
     tokens = np.where(after_stop | finished[:, None], config.pad_token_id, draft)
     return tokens.astype(np.int32), is_stop.any(axis=-1)

@@ -10,6 +10,7 @@ import numpy as np
 from .cache import PrefixCache
 from .config import GenerationConfig
 from .denoise import Step
+from .elementary import softcap
 from .errors import DgemmaError
 from .model import DiffusionGemma
 from .products import device_memory
@@ -85,14 +86,19 @@ class MlxEngine:
         self.canvas = self.canvas[rows][:, :length]
         self.soft = None if self.soft is None else self.soft[rows][:, :length]
 
-    def step(self, temperature: float, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray) -> Step:
-        hidden = self.model.denoise_hidden(self.canvas, self._seen, self.soft)  # (B, C, H)
-        return self.read(hidden, temperature, entropy_bound, uniforms, renoise)
+    def step(self, temperature, entropy_bound: float, uniforms: np.ndarray, renoise: np.ndarray, free=None) -> Step:
+        """temperature: a number, or one per row. free: all slots by default."""
+        return self.read(self._hidden(), temperature, entropy_bound, uniforms, renoise, free)
 
-    def read(self, hidden, temperature: float, entropy_bound: float, uniforms, renoise) -> Step:
+    def _hidden(self):
+        """(B, C, H)"""
+        return self.model.denoise_hidden(self.canvas, self._seen, self.soft)
+
+    def read(self, hidden, temperature, entropy_bound: float, uniforms, renoise, free=None) -> Step:
         """A step behind the layers: hidden (B, C, H) → what comes of it, and what the next step reads."""
         B, C, H = hidden.shape
-        reader = Reader(hidden.reshape(B * C, H), self._table, self.model.config.final_logit_softcapping, temperature)
+        cap = self.model.config.final_logit_softcapping
+        reader = Reader(hidden.reshape(B * C, H), self._table, cap, _per_slot(temperature, B, C))
         k = self._settings.conditioning_k
         # Where most slots were unsure, one pass that reads everything is the cheaper one.
         few = k is not None and self._flat < 0.5
@@ -103,7 +109,7 @@ class MlxEngine:
         elif k is not None:
             covered = best_blocks(found.masses, k)[1]
         draft, entropy, sampled = (x.reshape(B, C) for x in (found.draft, found.entropy, found.sampled))
-        accepted = accept_mask(entropy, entropy_bound)
+        accepted = accept_mask(entropy, entropy_bound, None if free is None else mx.array(free))
         self.canvas = mx.where(accepted, sampled, mx.array(renoise))
         mx.eval(draft, self.canvas, accepted, entropy, soft, [] if covered is None else covered)  # a step's one wait
         if covered is not None:
@@ -113,3 +119,25 @@ class MlxEngine:
                 soft = reader.mix_slots(found, soft, flat)
         self.soft = self.model.scaled(soft).reshape(B, C, H)
         return Step(np.array(draft), np.array(self.canvas), np.array(accepted), np.array(entropy))
+
+    def logits(self, temperature: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Processed logits of the canvas in play, lm_head limited to `tokens` (A,): (B, C, A) float32."""
+        hidden = self._hidden()
+        raw = self._table.logits(hidden, self._table.pick(mx.array(tokens, mx.int32)))
+        scale = 1 / mx.array(np.reshape(temperature, (-1, 1, 1)).astype(np.float32))
+        return np.array(softcap(raw, self.model.config.final_logit_softcapping, scale))
+
+    def put(self, canvas: np.ndarray, shares: np.ndarray, tokens: np.ndarray) -> None:
+        """What the next step reads: canvas (B, C), and self-conditioning from shares (B, C, A) of `tokens` (A,)."""
+        rows = self._table.pick(mx.array(tokens, mx.int32))
+        self.canvas = mx.array(canvas, mx.int32)
+        soft = self._table.mix(mx.array(shares).astype(self.model.dtype), rows)
+        self.soft = self.model.scaled(soft).astype(self.model.dtype)
+
+
+def _per_slot(temperature, B, C):
+    """One number where all rows share it; otherwise one per slot, rows flattened. (B · C, 1)"""
+    temperature = np.reshape(temperature, -1)
+    if np.ptp(temperature) == 0:
+        return float(temperature[0])
+    return mx.array(np.repeat(temperature.astype(np.float32), C)[:, None])

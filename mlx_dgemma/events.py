@@ -14,12 +14,13 @@ class StepDone:
 
     block: int  # counts from 0
     step: int  # counts from 0
-    temperature: float
+    temperature: np.ndarray  # (B,)
     draft: np.ndarray  # (B, C) int32, the most likely tokens: what would be committed now
     canvas: np.ndarray  # (B, C) int32, accepted tokens and new noise: what the next step reads
     accepted: np.ndarray  # (B, C) bool
     entropy: np.ndarray  # (B, C) float32, nats
     running: np.ndarray  # (B,) bool, rows that this step still changed
+    known: np.ndarray | None = None  # (B, C) bool, slots whose token was given; None: no slot
 
 
 @dataclass(frozen=True, slots=True)

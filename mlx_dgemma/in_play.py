@@ -18,18 +18,20 @@ PARTS = 8  # a canvas shrinks by eighths, so that few shapes occur
 class InPlay:
     """Drives one block's steps of an engine and keeps what is no longer computed as it was."""
 
-    def __init__(self, engine, canvas: np.ndarray, config: GenerationConfig):
-        self.engine, self.config = engine, config
+    def __init__(self, engine, canvas: np.ndarray, free: np.ndarray, config: GenerationConfig):
+        self.engine, self.free, self.config = engine, free, config
         self.rows, self.length = np.arange(len(canvas)), canvas.shape[1]
         self.ends = np.full(len(canvas), -1)  # where each row's draft ended after the step before; -1: nowhere
         self.last = None  # arrays of the whole canvas, once there was a step
         self.canvas = canvas
         engine.start(canvas)
 
-    def step(self, temperature: float, uniforms: np.ndarray, renoise: np.ndarray):
+    def step(self, temperature: np.ndarray, uniforms: np.ndarray, renoise: np.ndarray):
         """A step of what is in play, as arrays of the whole canvas; what stands behind a cut counts as sure."""
         here = np.ix_(self.rows, np.arange(self.length))
-        found = self.engine.step(temperature, self.config.entropy_bound, uniforms[here], renoise[here])
+        found = self.engine.step(
+            temperature[self.rows], self.config.entropy_bound, uniforms[here], renoise[here], self.free[here]
+        )
         if len(self.rows) * self.length < self.canvas.size:
             # Rows that were left out before the first step show their noise; nobody reads it.
             nothing = np.zeros(self.canvas.shape)

@@ -18,9 +18,16 @@ class LinearAnneal(NamedTuple):
     t_max: float
     n_steps: int
 
-    def __call__(self, step: int) -> float:
-        """`step` counts from 0; behind the schedule's end it stays at t_min."""
-        return self.t_min + (self.t_max - self.t_min) * (max(0, self.n_steps - step) / self.n_steps)
+    def __call__(self, step):
+        """`step` counts from 0, a number or an array; behind the schedule's end the temperature stays at t_min."""
+        return self.t_min + (self.t_max - self.t_min) * (np.maximum(0, self.n_steps - step) / self.n_steps)
+
+
+def mean_entropy(entropy: np.ndarray, free: np.ndarray | None = None) -> np.ndarray:
+    """Over each row's free slots, by default all: (B, C) nats → (B,). 0 for a row without one."""
+    if free is None:
+        return entropy.mean(axis=-1, dtype=np.float32)
+    return (entropy * free).sum(axis=-1, dtype=np.float32) / np.maximum(free.sum(axis=-1, dtype=np.float32), 1)
 
 
 class StableAndConfident:
@@ -33,9 +40,9 @@ class StableAndConfident:
         self.stability, self.confidence = stability, confidence
         self.drafts: list[np.ndarray] = []
 
-    def __call__(self, draft: np.ndarray, entropy: np.ndarray) -> np.ndarray:
-        """draft (B, C), entropy (B, C) → which rows may stop (B,)"""
-        confident = entropy.mean(axis=-1, dtype=np.float32) < self.confidence
+    def __call__(self, draft: np.ndarray, entropy: np.ndarray, free: np.ndarray | None = None) -> np.ndarray:
+        """draft (B, C), entropy (B, C), free (B, C) bool → which rows may stop (B,)"""
+        confident = mean_entropy(entropy, free) < self.confidence
         if self.stability == 0:
             return confident
         enough = len(self.drafts) == self.stability
@@ -50,8 +57,8 @@ class Plateau:
     def __init__(self, confidence: float):
         self.confidence, self.draft, self.mean = confidence, None, None
 
-    def __call__(self, draft: np.ndarray, entropy: np.ndarray) -> np.ndarray:
-        mean = entropy.mean(axis=-1, dtype=np.float32)
+    def __call__(self, draft: np.ndarray, entropy: np.ndarray, free: np.ndarray | None = None) -> np.ndarray:
+        mean = mean_entropy(entropy, free)
         may = np.zeros(len(draft), bool)
         if self.draft is not None:
             may = (self.draft == draft).all(axis=-1) & ((mean < self.confidence) | (mean > 0.9 * self.mean))
@@ -66,7 +73,7 @@ class Patience:
         self.patience, self.confidence = patience, confidence
         self.draft = self.age = None
 
-    def __call__(self, draft: np.ndarray, entropy: np.ndarray) -> np.ndarray:
+    def __call__(self, draft: np.ndarray, entropy: np.ndarray, free: np.ndarray | None = None) -> np.ndarray:
         same = np.zeros_like(draft, bool) if self.draft is None else self.draft == draft
         self.age = same * (1 + (0 if self.age is None else self.age))  # (B, C) steps that a token lasted
         self.draft = draft
@@ -78,7 +85,10 @@ def default_schedule(config: GenerationConfig) -> LinearAnneal:
 
 
 def default_stop_rule(config: GenerationConfig):
-    """The rule that `config.stop` names, for one block: (draft (B, C), entropy (B, C)) → which rows may stop (B,)."""
+    """The rule that `config.stop` names, for one block: draft, entropy, free (B, C) → which rows may stop (B,).
+
+    A slot that is not free has entropy 0 and never changes its token.
+    """
     match config.stop:
         case "confident":
             return StableAndConfident(0, config.confidence_threshold)

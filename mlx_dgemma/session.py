@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from .clamp import Clamp
 from .config import GenerationConfig, ModelConfig
 from .denoise import Engine, canvas_lengths, denoise_blocks
 from .errors import ContextError, DgemmaError
@@ -39,10 +40,11 @@ class Session:
         seed: int = 0,
         thinking: bool = False,
         rows: list[int] | None = None,
+        clamp: Clamp | None = None,
     ) -> Iterator[StepDone | BlockDone | Done]:
         """Answer each conversation (a list of messages, or a prompt's tokens). rows: noise row ids, 0, 1, … by default.
 
-        Raises DgemmaError for an empty prompt or one that does not fit the context.
+        clamp: what is known of the answers. Raises DgemmaError for an empty prompt or one that does not fit the context.
         """
         began = time.perf_counter()
         if not conversations:
@@ -60,13 +62,14 @@ class Session:
 
         rows = list(range(len(prompts))) if rows is None else rows
         blocks, first_block = [], 0.0
-        for event in denoise_blocks(engine, settings, NoiseStream(seed), rows):
+        for event in denoise_blocks(engine, settings, NoiseStream(seed), rows, clamp=clamp):
             if isinstance(event, BlockDone):
                 blocks.append(event)
                 first_block = first_block or prefill_seconds + event.seconds
             yield event
 
-        tokens, stopped = collect(np.concatenate([b.tokens for b in blocks], axis=1), settings)
+        known_until = 0 if clamp is None else clamp.text_end((*settings.stop_token_ids, settings.pad_token_id))
+        tokens, stopped = collect(np.concatenate([b.tokens for b in blocks], axis=1), settings, known_until)
         stats = Stats(
             prompt_tokens=sum(map(len, prompts)),
             reused_tokens=reused,
@@ -119,14 +122,15 @@ def left_padded(prompts: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.n
     return np.array(tokens, np.int32), padding
 
 
-def collect(tokens: np.ndarray, settings: GenerationConfig) -> tuple[list[list[int]], list[bool]]:
+def collect(tokens: np.ndarray, settings: GenerationConfig, known_until=0) -> tuple[list[list[int]], list[bool]]:
     """Each row up to its first stop id, that id included, and at most max_new_tokens; and whether it stopped.
 
-    tokens (B, n) are the blocks of close_canvas, one after the other.
+    tokens (B, n) are the blocks of close_canvas, one after the other; known_until as there.
     """
     kept, stopped = [], []
-    for row in tokens[:, : settings.max_new_tokens]:
-        at = np.flatnonzero(np.isin(row, settings.stop_token_ids))
+    at_least = np.broadcast_to(known_until, len(tokens))
+    for row, known in zip(tokens[:, : settings.max_new_tokens], at_least, strict=True):
+        at = np.flatnonzero(np.isin(row, settings.stop_token_ids) & (np.arange(len(row)) >= known))
         kept.append(row[: at[0] + 1].tolist() if at.size else row.tolist())
         stopped.append(bool(at.size))
     return kept, stopped

@@ -60,6 +60,10 @@ class Table:
     def rows(self, start: int, stop: int) -> list[mx.array]:
         return [array[start:stop] for array in self.arrays]
 
+    def pick(self, tokens) -> list[mx.array]:
+        """The rows of some tokens (A,), for `logits` and `mix`."""
+        return [array[tokens] for array in self.arrays]
+
     def logits(self, hidden, rows=None):
         """(…, H) → (…, K), before the softcap. rows: of `rows`, by default all."""
         rows = rows or self.arrays
@@ -91,12 +95,17 @@ class Table:
 class Reader:
     """The distributions of one step: hidden (M, H), read against the table."""
 
-    def __init__(self, hidden, table: Table, cap: float, temperature: float):
+    def __init__(self, hidden, table: Table, cap: float, temperature):
+        """temperature: a number, or one per slot, (M, 1)"""
         self.hidden, self.table, self.cap, self.temperature = hidden, table, cap, temperature
         self.block = block_of(table.n_rows)
 
-    def logits(self, x):
-        return softcap(x, self.cap, 1 / self.temperature)
+    def logits(self, x, slots=None):
+        """x (M, …) softcapped and divided by the temperature; of some slots, where x has only those"""
+        return softcap(x, self.cap, 1 / self._temperature(slots))
+
+    def _temperature(self, slots):
+        return self.temperature if slots is None or isinstance(self.temperature, float) else self.temperature[slots]
 
     def read(self, uniforms, mix: bool = True) -> Reading:
         """uniforms (M,) in (0, 1). mix: also the expected embedding, from all tokens."""
@@ -150,7 +159,7 @@ class Reader:
         """The expected embedding from each slot's k heaviest blocks, (M, H), and the share of mass they hold, (M,)."""
         numbers, covered = best_blocks(found.masses, k)  # (M, k)
         slot, number = mx.repeat(mx.arange(len(numbers)), numbers.shape[-1]), numbers.reshape(-1)
-        z = self.logits(self.table.block_logits(self.hidden[slot], number, self.block))
+        z = self.logits(self.table.block_logits(self.hidden[slot], number, self.block), slot)
         shares = exp(z - found.top[slot]) / (found.masses.sum(axis=-1) * covered)[slot][:, None]
         parts = self.table.block_mix(shares.astype(self.hidden.dtype), number)
         return parts.reshape(*numbers.shape, -1).sum(axis=1), covered
@@ -159,7 +168,7 @@ class Reader:
         """`soft` with these slots' expected embeddings read from all tokens."""
         # Few shapes: a multiple of BUCKET, the last slot as often as it takes.
         slots = mx.array(np.append(slots, np.full(-len(slots) % BUCKET, slots[-1])))
-        few = Reader(self.hidden[slots], self.table, self.cap, self.temperature)
+        few = Reader(self.hidden[slots], self.table, self.cap, self._temperature(slots))
         top, total = found.top[slots], found.masses[slots].sum(axis=-1, keepdims=True)
         mixed = mx.zeros((len(slots), soft.shape[-1]), mx.float32)
         for _, rows in few._chunks():

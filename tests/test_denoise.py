@@ -35,10 +35,10 @@ class ScriptedEngine:
     def select(self, rows, length):
         self.rows, self.length = self.rows[rows], length
 
-    def step(self, temperature, entropy_bound, uniforms, renoise):
+    def step(self, temperature, entropy_bound, uniforms, renoise, free):
         assert uniforms.shape == renoise.shape == (len(self.rows), self.length)
         self.taken += 1
-        self.temperatures.append(temperature)
+        self.temperatures.append(temperature[0])
         self.shapes.append(uniforms.shape)
         ready = (self.taken >= self.delay)[self.rows]
         script = self.scripts[self.block][self.rows][:, : self.length]

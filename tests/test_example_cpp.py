@@ -111,8 +111,8 @@ def first_node(description):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda d: d["format"].update(major=2), "expected dgemma-graph 1.x"),
-        (lambda d: d["format"].update(name="onnx"), "expected dgemma-graph 1.x"),
+        (lambda d: d["format"].update(major=3), "expected dgemma-graph 2.x"),
+        (lambda d: d["format"].update(name="onnx"), "expected dgemma-graph 2.x"),
         (lambda d: first_node(d).update(op="warp"), "node blk.0.attn_norm_rms: unknown op 'warp'"),
         (lambda d: first_node(d).update(inputs=["y"]), "node blk.0.attn_norm_rms: unknown name 'y'"),
         (lambda d: first_node(d).update(params={}), "node blk.0.attn_norm_rms: "),

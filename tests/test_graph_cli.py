@@ -159,7 +159,7 @@ def test_bad_options_of_run(path, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["format"].update(major=2), "format version 2.0, this reader knows 1.x; update dgemma"),
+        (lambda d: d["format"].update(major=3), "format version 3.0, this reader knows 2.x; update dgemma"),
         (lambda d: d["format"].update(name="onnx"), 'expected {"name": "dgemma-graph"}'),
         (lambda d: d.pop("phases"), "the description has phases"),
         (lambda d: d["model"].update(fingerprint="sha256:0"), "they are of different models"),

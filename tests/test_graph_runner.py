@@ -134,8 +134,9 @@ def test_a_step_on_the_device_is_the_samplers(path, mlx, engine, kind):
     canvas = stream.canvas(rows, 0, C, V)
     theirs.start(canvas), runner.start(canvas, ours)
     n_steps = 3 if kind == "exact" else 1  # then 64 of 384 tokens are another belief
-    for step, temperature in enumerate((0.8, 0.6, 0.4)[:n_steps]):
-        noise = stream.uniforms(rows, 0, step, C), stream.renoise(rows, 0, step, C, V)
+    free = np.random.RandomState(1).rand(2, C) < 0.7  # known slots, and a temperature for each row
+    for step, temperature in enumerate((0.8, np.array([0.6, 0.3]), 0.4)[:n_steps]):
+        noise = stream.uniforms(rows, 0, step, C), stream.renoise(rows, 0, step, C, V), None if step == 0 else free
         want, got = theirs.step(temperature, 3.0, *noise), runner.step(ours, temperature, 3.0, *noise)
         assert difference(got["entropy"], want.entropy) < 1e-4
         assert (got["draft"] == want.draft).all()

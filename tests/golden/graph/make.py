@@ -40,18 +40,21 @@ CASES = {
     "top-k": {"attention": "flash", "self_conditioning": "top-k", "form": "cpu", "cache_type": "f32"},
     "exact": {"attention": "exact", "self_conditioning": "exact", "form": "cpu", "cache_type": "f32"},
 }
-STEPS = [(0.8, 2.0), (0.6, 2.0)]  # temperature, entropy bound
+STEPS = [(0.8, 2.0), (0.6, 2.0)]  # temperature, which the second row has halved; entropy bound
+KNOWN = [[], [0, 3]]  # slots that are not free, in every row
 RECIPE = {
     "made_by": "python -m tests.golden.graph.make",
     "model": "tests/tiny_gguf.py, make_tiny_gguf",
     "order": "prefill, then for each step denoise and sample, commit of the last draft, denoise of the next canvas",
     "shapes": "slowest axis first; row after row of the batch. in.canvas is written before denoise.0 and denoise.next",
     "beliefs": "zero before denoise.0 and denoise.next; what sample wrote before denoise.1",
+    "temperature": "of the first row; half as much in the second",
     "atol": {"hidden, logits": 1e-3, "entropy": 1e-4, "draft, accepted, next_canvas": 0},
     "atol_why": 'ggml\'s CPU stays within 1e-5 of these; with form "gpu" its float16 table costs about 2e-3',
     "cases": CASES,
     "padding": PADDING,
     "steps": STEPS,
+    "known": KNOWN,
 }
 
 
@@ -92,12 +95,12 @@ def run(runner: Runner) -> dict[str, np.ndarray]:
             "uniforms": stream.uniforms(rows, 0, step, config.canvas_length),
             "renoise": stream.renoise(rows, 0, step, config.canvas_length, config.vocab_size),
         }
-        out = runner.step(cache, temperature, bound, **noise)
-        keep(
-            f"sample.{step}",
-            "in",
-            {"temperature": np.float32([temperature]), "entropy_bound": np.float32([bound]), **noise},
-        )
+        free = np.ones((ROWS, config.canvas_length), bool)
+        free[:, KNOWN[step]] = False
+        temperatures = np.float32([temperature, temperature / 2])
+        out = runner.step(cache, temperatures, bound, **noise, free=free)
+        told = {"temperature": temperatures, "entropy_bound": np.float32([bound]), **noise, "free": np.float32(free)}
+        keep(f"sample.{step}", "in", told)
         keep(f"sample.{step}", "out", out)
     encode("commit", out["draft"].astype(np.int32), None)
     keep("denoise.next", "in", {"canvas": given["next"]})
