@@ -2,22 +2,27 @@
 
 All terminal codes of this package live here. Text goes to stdout, everything else to stderr.
 
-On a terminal, settled tokens are plain, tokens about to be renoised are dim, and tokens that changed since the last
-step are coloured. Without a terminal, each block's text is written as soon as the block is done.
+On a terminal each token has the style of its slot's state, which the legend under the canvas shows. The four differ
+without colours too. Without a terminal, or on one that cannot be drawn over (TERM=dumb), each block's text is written
+as soon as the block is done.
 """
 
 import sys
 
+import numpy as np
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from .config import GenerationConfig
 from .events import BlockDone, Done, Stats, StepDone
+from .slots import ACCEPTED, CHANGED, KNOWN, NOISY, STATES, known_slots, slot_states, text_end
 from .tokenizer import Tokenizer
 from .units import count, human_bytes
 
-CHANGED, UNSETTLED, HIDDEN = "cyan", "dim", "dim italic"
+STYLES = {KNOWN: "bold green", ACCEPTED: "", CHANGED: "cyan", NOISY: "dim"}
+WITHOUT_COLOURS = {**STYLES, CHANGED: "underline"}  # of the others the attribute is left
+HIDDEN = "dim italic"  # what stands behind the text's end
 
 
 class View:
@@ -25,15 +30,15 @@ class View:
 
     def __init__(self, tokenizer: Tokenizer, settings: GenerationConfig, quiet: bool = False):
         """quiet: no text, no canvas."""
-        self._tokenizer, self._stop = tokenizer, set(settings.stop_token_ids)
-        self._max_tokens = settings.max_new_tokens
+        self._tokenizer, self._settings = tokenizer, settings
         self._console = Console(stderr=True)
-        self._is_live = not quiet and self._console.is_terminal and sys.stdout.isatty()
+        self._styles = WITHOUT_COLOURS if self._console.no_color else STYLES
+        self._is_live = not quiet and self._console.is_interactive and sys.stdout.isatty()
         self._quiet = quiet
         self._live: Live | None = None
         self._tokens: list[int] = []  # of finished blocks
         self._written = 0  # characters of the answer on stdout
-        self._last_draft: list[int] = []
+        self._last_draft: np.ndarray | None = None
 
     def __enter__(self):
         return self
@@ -47,8 +52,9 @@ class View:
                 self._draw_step(event)
             case BlockDone(tokens=tokens):
                 self._clear()
-                self._tokens = [*self._tokens, *self._until_stop(tokens[0].tolist())][: self._max_tokens]
-                self._last_draft = []
+                text = tokens[0, : text_end(tokens[0], self._settings)].tolist()
+                self._tokens = [*self._tokens, *text][: self._settings.max_new_tokens]
+                self._last_draft = None
                 if not self._quiet:
                     self._write(final=False)
             case Done(tokens=tokens):
@@ -78,22 +84,31 @@ class View:
             # Transient: the canvas leaves no trace once its text is final.
             self._live = Live(console=self._console, transient=True, auto_refresh=False)
             self._live.start()
-        draft, accepted = event.draft[0].tolist(), event.accepted[0].tolist()
+        draft = event.draft[0]
+        end = text_end(draft, self._settings, known_slots(event))
+        states = slot_states(event, self._last_draft)
         text = Text(self._unfinished_line())
-        end = next((i for i, token in enumerate(draft) if token in self._stop), len(draft))
-        before = self._last_draft or draft
-        for i, piece in enumerate(self._tokenizer.pieces(draft)):
+        for i, (piece, state) in enumerate(zip(self._tokenizer.pieces(draft.tolist()), states.tolist(), strict=True)):
             if i >= end:
                 text.append("·", HIDDEN)
-            elif not accepted[i]:
-                text.append(printable(piece) or "·", UNSETTLED)
             else:
-                text.append(printable(piece), CHANGED if before[i] != draft[i] else "")
-        text.append(f"\nblock {event.block + 1}, step {event.step + 1}", "dim")
+                text.append(printable(piece) or "·" * (state == NOISY), self._styles[state])
+        text.append("\n").append(self._status(event, states))
         self._last_draft = draft
         # The last lines that fit: the canvas is at the end, and what scrolled off cannot be drawn over.
         lines = text.wrap(self._console, self._console.width)
         self._live.update(Text("\n").join(lines[1 - self._console.height :]), refresh=True)
+
+    def _status(self, event, states):
+        """Where the step stands, and the legend where the terminal is wide enough."""
+        free = states[states != KNOWN]
+        share = 100 * (free != NOISY).mean() if free.size else 100
+        status = Text().append(f"block {event.block + 1}, step {event.step + 1} | {share:.0f} % accepted", "dim")
+        legend = Text().append(" |", "dim")
+        for state, name in enumerate(STATES):
+            if state != KNOWN or free.size < states.size:
+                legend.append(" ").append(name, self._styles[state])
+        return status + legend if len(status) + len(legend) <= self._console.width else status
 
     def _write(self, final):
         """Write what is new of the answer. Before the end, an unfinished character is held back; with a live canvas
@@ -110,10 +125,6 @@ class View:
 
     def _unfinished_line(self):
         return printable(self._tokenizer.reply(self._tokens).text[self._written :])
-
-    def _until_stop(self, tokens):
-        end = next((i for i, token in enumerate(tokens) if token in self._stop), len(tokens))
-        return tokens[:end]
 
     def _clear(self):
         if self._live is not None:
