@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 
 from mlx_dgemma.cli import Loaded, add_options, check_options, generate, guarded, settings_of
+from mlx_dgemma.cli_edit import add_edit_options
+from mlx_dgemma.cli_edit import run as edit
 from mlx_dgemma.config import GenerationConfig
 from mlx_dgemma.quality import error_table
 from mlx_dgemma.units import human_bytes
@@ -25,7 +27,7 @@ def _parser():
         prog="python -m gguf_export", description="Look into a GGUF file, describe its graph, run it on ggml."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_info, _add_describe, _add_check, _add_draw, _add_run, _add_devices):
+    for add in (_add_info, _add_describe, _add_check, _add_draw, _add_run, _add_edit, _add_devices):
         add(commands)
     return parser
 
@@ -132,6 +134,20 @@ def _add_run(commands):
     parser.set_defaults(run=_run, check=lambda options: check_options(parser, options))
 
 
+def _add_edit(commands):
+    parser = commands.add_parser(
+        "edit",
+        help="rewrite lines of a file on ggml",
+        description="Rewrite lines of a file in place: what mlx_dgemma.edit does, on stock ggml.",
+    )
+    parser.add_argument(
+        "-m", "--model", required=True, help="a DiffusionGemma GGUF, or owner/name/FILE.gguf of the hub"
+    )
+    add_edit_options(parser)
+    add_runner_options(parser)
+    parser.set_defaults(run=lambda options: edit(options, lambda: _load(options)), chat=False)
+
+
 def add_runner_options(parser):
     """What gguf_export.Runner takes; benchmarks use it too."""
     add = parser.add_argument
@@ -179,19 +195,21 @@ def open_runner(options):
 
 
 def _run(options):
-    from .engine import check_settings, make_session
+    from .engine import check_settings
 
     options.check(options)
     check_settings(settings_of(GenerationConfig(), options))  # before a model is read
+    return generate(options, lambda: _load(options))
 
-    def load():
-        runner = open_runner(options)
-        tokenizer = runner.tokenizer()
-        session = make_session(runner, tokenizer, keep_prefix=options.chat)
-        what = f"{human_bytes(runner.memory().weights)} on {runner.executor.device.name}"
-        return Loaded(tokenizer, runner.generation_config, session, what)
 
-    return generate(options, load)
+def _load(options) -> Loaded:
+    from .engine import make_session
+
+    runner = open_runner(options)
+    tokenizer = runner.tokenizer()
+    session = make_session(runner, tokenizer, keep_prefix=options.chat)
+    what = f"{human_bytes(runner.memory().weights)} on {runner.executor.device.name}"
+    return Loaded(tokenizer, runner.generation_config, session, what)
 
 
 def _add_check(commands):

@@ -52,6 +52,12 @@ class GgmlEngine:
         """An engine with the same prefix; encoding into one leaves the other as it is."""
         return GgmlEngine(self.runner, self.cache.copy())
 
+    def spread(self, rows: int) -> "GgmlEngine":
+        """An engine with this one's only row as often as asked for."""
+        twin = GgmlEngine(self.runner, self.cache.spread(rows))
+        weakref.finalize(twin, self.runner.give_back, twin.cache)
+        return twin
+
     def prefill(self, tokens: np.ndarray, padding: np.ndarray | None = None) -> None:
         """Append (B, T) tokens to the prefix; padding (B,) counts pad tokens at the left of each row."""
         if self.cache is None:

@@ -80,6 +80,19 @@ class Prefix:
         twin.__dict__.update(self.__dict__, state=self.state.copy())
         return twin
 
+    def spread(self, rows: int) -> "Prefix":
+        """The only row of this prefix in as many rows."""
+        twin = self.runner.make_cache(rows, self.room)
+        for name, leaf in self.state.leaves.items():
+            if name.startswith("blk."):
+                # A spare prefix may have more room than this one.
+                values = self.state.read(name)
+                new = np.zeros(twin.state.leaves[name].spec.ne[::-1], values.dtype)
+                new[:, :, : values.shape[2]] = values
+                twin.state.write(name, new)
+        twin.length, twin.padding = self.length, np.repeat(self.padding, rows)
+        return twin
+
     @property
     def nbytes(self) -> int:
         """Keys and values, room included."""

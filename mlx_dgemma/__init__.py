@@ -1,4 +1,4 @@
-"""DiffusionGemma on MLX: `load`, `generate`, `stream`.
+"""DiffusionGemma on MLX: `load`, `generate`, `stream`, `infill`, `edit`, `decide`.
 
 Names resolve on first use, so that `mlx_dgemma.config`, `.tensors`, `.noise` and `.tokenizer` import without MLX.
 """
@@ -9,6 +9,9 @@ _HOMES = {
     "load": "loading",
     "generate": "api",
     "stream": "api",
+    "infill": "api",
+    "edit": "api",
+    "decide": "api",
     "make_session": "api",
     "DgemmaError": "errors",
     "GenerationConfig": "config",

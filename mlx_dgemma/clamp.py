@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .noise import NoiseStream
+
 
 class Clamp(NamedTuple):
     """One entry per slot of the answer. What is neither known nor noisy starts as its token and may change; slots
@@ -48,6 +50,12 @@ class Clamp(NamedTuple):
         text = self.known & ~np.isin(self.tokens, ends)
         return ((np.arange(text.shape[1]) + 1) * text).max(axis=-1, initial=0)
 
+    def with_noise(self, share: float, stream: NoiseStream) -> "Clamp":
+        """A share of the slots that would start as their token starts as noise too; rows as row ids 0, 1, …"""
+        rows, n = self.tokens.shape
+        chosen = stream.warm(list(range(rows)), n) < share
+        return self._replace(noisy=self.noisy | (chosen & self.free))
+
     def start(self, noise: np.ndarray) -> np.ndarray:
         """The canvas that denoising starts from. noise (B, C) → (B, C)"""
         return np.where(self.noisy, noise, self.tokens).astype(np.int32)
@@ -55,6 +63,11 @@ class Clamp(NamedTuple):
     def impose(self, tokens: np.ndarray) -> np.ndarray:
         """`tokens` (B, C) with the known ones in place."""
         return np.where(self.known, self.tokens, tokens).astype(np.int32)
+
+
+def joined(clamps: list[Clamp]) -> Clamp:
+    """Rows of equal length as one batch."""
+    return Clamp(*(np.concatenate(arrays) for arrays in zip(*clamps, strict=True)))
 
 
 def unclamped(rows: int) -> Clamp:

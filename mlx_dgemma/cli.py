@@ -16,14 +16,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .chat import chat
+from .cli_infill import add_infill_options, check_infill_options, infill, read_parts, recorded
 from .config import GenerationConfig
+from .decisions import decide_template
 from .errors import DgemmaError
 from .events import Done
+from .files import check_writable
 from .presets import with_preset
 from .session import Session
+from .structure import compile, json_schema, only_choices, template
 from .tokenizer import Tokenizer, check_prompt
 from .units import human_bytes
 from .view import View
+
+# Option → what makes a regex of it.
+STRUCTURES = {"template": template, "regex": str, "json_schema": json_schema}
 
 # Field of GenerationConfig → option.
 OPTIONS = {
@@ -72,19 +79,24 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m mlx_dgemma.generate", description="Answer a prompt with DiffusionGemma on MLX."
     )
+    add_model_options(parser)
+    add_options(parser)
+    parser.add_argument("--image", metavar="FILE", help="not supported yet")
+    options = parser.parse_args(argv)
+    check_options(parser, options)
+    return options
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What loading on MLX takes."""
     parser.add_argument(
         "--model", required=True, help="model folder (Hugging Face or MLX layout), GGUF file, or hub repo id"
     )
-    add_options(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="activations (default: bfloat16 on a GPU, else float32)",
     )
-    parser.add_argument("--image", metavar="FILE", help="not supported yet")
-    options = parser.parse_args(argv)
-    check_options(parser, options)
-    return options
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -113,14 +125,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--conditioning-k", type=int, metavar="K", help="blocks of tokens that self-conditioning reads (MLX only)")
     add("--conditioning-epsilon", type=float, metavar="E", help="share of mass those may lack (MLX only)")
     add("--json", action="store_true", help="print one JSON object instead of the text")
+    add("--record", metavar="FILE.html", help="write a page that replays the denoising")
+    structure = parser.add_argument_group("structured output: every answer has this form")
+    structure.add_argument("--template", metavar="TEXT", help='fixed text with slots: {"age": <|integer|>}')
+    structure.add_argument("--regex", metavar="R", help="a regular expression that the whole answer matches")
+    structure.add_argument("--json-schema", metavar="S", help="a JSON schema, or its file")
+    add_infill_options(parser.add_argument_group("infilling: write what is missing in a text"))
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends with a usage error where options exclude each other."""
     if options.chat and options.json:
         parser.error("--chat and --json exclude each other")
+    structures = [option for option in STRUCTURES if getattr(options, option) is not None]
+    apart = [
+        [name for name, given in (("chat", options.chat), ("record", options.record)) if given],
+        [*(option.replace("_", "-") for option in structures), *(["thinking"] if options.thinking else [])],
+        [*(option.replace("_", "-") for option in structures), *(["chat"] if options.chat else [])],
+    ]
+    for names in apart:
+        if len(names) > 1:
+            parser.error(f"--{names[0]} and --{names[1]} exclude each other")
+    if check_infill_options(parser, options):
+        return
     if options.prompt is None and not options.chat:
-        parser.error("give --prompt TEXT, --prompt - for standard input, or --chat")
+        parser.error("give --prompt TEXT, --prompt - for standard input, --chat, or a text to --infill")
 
 
 class Loaded(NamedTuple):
@@ -135,10 +164,10 @@ class Loaded(NamedTuple):
 def run(options) -> int:
     if options.image:
         raise DgemmaError(f"--image {options.image}: image input is not supported yet; give text only")
-    return generate(options, lambda: _load_mlx(options))
+    return generate(options, lambda: load_mlx(options))
 
 
-def _load_mlx(options) -> Loaded:
+def load_mlx(options) -> Loaded:
     import mlx.core as mx
 
     from .api import make_session
@@ -155,6 +184,9 @@ def generate(options, load: Callable[[], Loaded]) -> int:
     began = time.perf_counter()
     # Settings are checked before the weights are read, so that a wrong one costs nothing.
     settings_of(GenerationConfig(), options)
+    if options.record:
+        check_writable(options.record)
+    parts, regex = read_parts(options), structure_of(options)
     prompt = read_prompt() if options.prompt == "-" else options.prompt
     if prompt is not None:
         check_prompt("user", prompt)
@@ -162,11 +194,16 @@ def generate(options, load: Callable[[], Loaded]) -> int:
     settings = settings_of(generation, options)
     if not options.json:
         print(f"loaded {what} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    if parts:
+        return infill(session, parts, prompt, settings, options)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     if options.chat:
         return chat(lambda turns: answer(session, tokenizer, settings, options, turns), messages, prompt)
     messages.append({"role": "user", "content": prompt})
-    done = answer(session, tokenizer, settings, options, messages)
+    if options.template is not None and only_choices(options.template):
+        return choose(session, tokenizer, settings, options, messages)
+    language = None if regex is None else compile(regex, tokenizer, settings)
+    done = answer(session, tokenizer, settings, options, messages, language)
     if options.json:
         print(json.dumps(report(done, settings, options, tokenizer), ensure_ascii=False))
     return 0
@@ -191,10 +228,31 @@ def settings_of(base: GenerationConfig, options) -> GenerationConfig:
         raise DgemmaError(message) from None
 
 
-def answer(session, tokenizer, settings, options, messages) -> Done:
+def structure_of(options) -> str | None:
+    """The regex of what every answer has to look like, where the options ask for something."""
+    for option, read in STRUCTURES.items():
+        if (given := getattr(options, option)) is not None:
+            return read(given)
+    return None
+
+
+def choose(session, tokenizer, settings, options, messages) -> int:
+    """A template whose slots are choices: each is decided by one forward pass."""
+    prompt = tokenizer.chat(messages)
+    text, decisions = decide_template(session.make_engine, tokenizer, prompt, options.template, settings)
+    if not options.json:
+        print(text)
+        return 0
+    slots = [dict(zip(d.choices, d.probabilities.round(6).tolist(), strict=True)) for d in decisions]
+    print(json.dumps({"text": text, "choices": slots, "model": options.model}, ensure_ascii=False))
+    return 0
+
+
+def answer(session, tokenizer, settings, options, messages, language=None) -> Done:
     """One answer, shown as it comes."""
+    events = session.stream([messages], settings, options.seed, options.thinking, language=language)
     with View(tokenizer, settings, quiet=options.json) as view:
-        for event in session.stream([messages], settings, options.seed, options.thinking):
+        for event in recorded(events, options, tokenizer, settings, messages[-1]["content"]):
             view.draw(event)
         thought = tokenizer.reply(event.tokens[0]).thought
         if not options.json:

@@ -71,8 +71,9 @@ def denoise_blocks(
 ) -> Iterator[StepDone | BlockDone]:
     """Denoise blocks after the engine's prefix until every row met a stop id or has max_new_tokens.
 
-    rows: the noise row id of each batch row. schedule: steps (B,) → temperatures (B,). stop_rule: makes a block's stop rule.
-    clamp: what is known of the answers. A canvas that starts with less noise starts that much later in the schedule.
+    rows: the noise row id of each batch row. schedule: steps (B,) → temperatures (B,). stop_rule: makes a
+    block's stop rule. clamp: what is known of the answers. A canvas that starts with less noise starts that much later
+    in the schedule.
     """
     schedule = schedule or default_schedule(config)
     began = time.perf_counter()

@@ -49,6 +49,11 @@ class MlxEngine:
         """An engine with the same prefix; encoding into one leaves the other as it is."""
         return MlxEngine(self.model, self.cache.copy())
 
+    def spread(self, rows: int) -> "MlxEngine":
+        """An engine with this one's only row as often as asked for."""
+        self._check_room(rows, 0)
+        return MlxEngine(self.model, self.cache.select(mx.zeros(rows, mx.int32)))
+
     def use(self, config: GenerationConfig) -> None:
         self._settings = config
 

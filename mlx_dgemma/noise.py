@@ -12,7 +12,7 @@ Layout: key = (seed, row), counter = (0, purpose, step, block). One raw 64-bit w
 
 import numpy as np
 
-CANVAS, UNIFORM, RENOISE = 0, 1, 2
+CANVAS, UNIFORM, RENOISE, WARM = 0, 1, 2, 3
 
 
 class NoiseStream:
@@ -27,13 +27,15 @@ class NoiseStream:
 
     def uniforms(self, rows, block: int, step: int, canvas_len: int) -> np.ndarray:
         """One number per slot for inverse-CDF sampling, never 0 and never 1. (B, C) float32"""
-        words = self._words(rows, UNIFORM, step, block, canvas_len)
-        # (k + 1/2) / 2^23 has 24 significant bits: exact in float32, so every engine sees the same number.
-        return ((words >> np.uint64(41)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
+        return _fractions(self._words(rows, UNIFORM, step, block, canvas_len))
 
     def renoise(self, rows, block: int, step: int, canvas_len: int, vocab_size: int) -> np.ndarray:
         """The random tokens that replace unaccepted slots after `step`. (B, C) int32"""
         return _tokens(self._words(rows, RENOISE, step, block, canvas_len), vocab_size)
+
+    def warm(self, rows, n: int) -> np.ndarray:
+        """One number per slot of an answer: where it is below the share of noise, a warm start is noise. (B, n)"""
+        return _fractions(self._words(rows, WARM, 0, 0, n))
 
     def _words(self, rows, purpose, step, block, n):
         def row_words(row):
@@ -43,6 +45,11 @@ class NoiseStream:
             return generator.random_raw(n)
 
         return np.stack([row_words(row) for row in rows])  # (B, n) uint64
+
+
+def _fractions(words):
+    # (k + 1/2) / 2^23 has 24 significant bits: exact in float32, so every engine sees the same number.
+    return ((words >> np.uint64(41)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
 
 
 def _tokens(words, vocab_size):

@@ -21,7 +21,6 @@ and as text nodes, never as markup, and the page's policy runs no script but its
 """
 
 import base64
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,8 +31,8 @@ from pathlib import Path
 import numpy as np
 
 from .config import GenerationConfig
-from .errors import DgemmaError
 from .events import BlockDone, Done, StepDone
+from .files import replace_text
 from .slots import STATES, known_slots, slot_states, text_end
 from .tokenizer import Tokenizer
 
@@ -90,16 +89,7 @@ class Recorder:
 
     def write(self, path: str | Path) -> None:
         """Write the page; an older file of that name stays until the new one is complete. Raises DgemmaError."""
-        page, path = self.page(), _target(path)
-        scratch = _scratch(path)
-        try:
-            scratch.write_text(page, encoding="utf-8")
-            os.replace(scratch, path)
-        except OSError as error:
-            raise _unwritable(path, error) from None
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
+        replace_text(path, self.page())
 
     def _take_step(self, event):
         draft, canvas, entropy = event.draft[0], event.canvas[0], event.entropy[0]
@@ -178,36 +168,6 @@ def settled_steps(drafts: list[np.ndarray]) -> np.ndarray:
     moved = drafts[1:] != drafts[:-1]  # (S-1, C)
     steps = np.arange(1, len(drafts))[:, None]
     return (moved * steps).max(axis=0, initial=0)
-
-
-def check_writable(path: str | Path) -> None:
-    """Find out before a long generation whether `path` can be written. Raises DgemmaError."""
-    path = _target(path)
-    try:
-        with open(_scratch(path), "w"):
-            pass
-        os.unlink(_scratch(path))
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _target(path):
-    """The file itself where `path` is a link, so that the link stays one."""
-    path = Path(os.path.realpath(path))
-    if os.path.exists(path) and not os.path.isfile(path):  # a folder; or a device, which a rename would replace
-        raise DgemmaError(f"{path}: is not a file, expected the name of an HTML file; choose another name")
-    return path
-
-
-def _scratch(path):
-    return path.with_name(path.name + ".partial")
-
-
-def _unwritable(path, error):
-    return DgemmaError(
-        f"{path}: cannot be written ({error.strerror or error}), expected a name in a writable folder; "
-        "choose another name or make the folder first"
-    )
 
 
 def _embedded(data):

@@ -14,9 +14,11 @@ import numpy as np
 
 from .clamp import Clamp
 from .config import GenerationConfig, ModelConfig
+from .constrained import ConstrainedEngine
 from .denoise import Engine, canvas_lengths, denoise_blocks
 from .errors import ContextError, DgemmaError
 from .events import BlockDone, Done, Stats, StepDone
+from .language import Language
 from .noise import NoiseStream
 from .tokenizer import Tokenizer
 
@@ -25,13 +27,18 @@ class Session:
     """One loaded model, many generations.
 
     make_engine: returns an engine with an empty prefix. The engine also has `prefill`, `copy()` (the same prefix
-    again), `cache_bytes` and `peak_memory()`. keep_prefix: hold on to a conversation's prefix for its next turn.
+    again), `spread(rows)` (its one prefix in as many rows), `cache_bytes` and `peak_memory()`. keep_prefix: hold on to
+    a conversation's prefix for its next turn.
     """
 
     def __init__(self, make_engine: Callable[[], Engine], config: ModelConfig, tokenizer: Tokenizer, keep_prefix=False):
-        self._make_engine, self._config, self._tokenizer = make_engine, config, tokenizer
+        self.make_engine, self._config, self.tokenizer = make_engine, config, tokenizer
         self._keep_prefix = keep_prefix
         self._kept: tuple[list[int], Engine] | None = None  # tokens of a prefix and an engine that holds it
+
+    @property
+    def canvas_length(self) -> int:
+        return self._config.canvas_length
 
     def stream(
         self,
@@ -41,23 +48,29 @@ class Session:
         thinking: bool = False,
         rows: list[int] | None = None,
         clamp: Clamp | None = None,
+        language: Language | None = None,
     ) -> Iterator[StepDone | BlockDone | Done]:
         """Answer each conversation (a list of messages, or a prompt's tokens). rows: noise row ids, 0, 1, … by default.
 
-        clamp: what is known of the answers. Raises DgemmaError for an empty prompt or one that does not fit the context.
+        clamp: what is known of the answers. language: what every answer is a text of. Raises DgemmaError for an empty
+        prompt or one that does not fit the context.
         """
         began = time.perf_counter()
         if not conversations:
             raise DgemmaError("found no prompt in the batch, expected at least one")
-        prompts = [x if _is_tokens(x) else self._tokenizer.chat(x, thinking) for x in conversations]
+        prompts = [x if _is_tokens(x) else self.tokenizer.chat(x, thinking) for x in conversations]
         for prompt in prompts:
             self._check_context(len(prompt), settings)
         if self._keep_prefix and len(prompts) == 1:
-            again = self._tokenizer.chat(conversations[0], thinking, reply_next=False)
+            again = self.tokenizer.chat(conversations[0], thinking, reply_next=False)
             engine, reused = self._prefill_turn(prompts[0], _common_length(prompts[0], again))
         else:
-            engine, reused = self._make_engine(), 0
-            engine.prefill(*left_padded(prompts, settings.pad_token_id))
+            engine, reused = self.make_engine(), 0
+            same = len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts)
+            engine.prefill(*left_padded(prompts[:1] if same else prompts, settings.pad_token_id))
+            engine = engine.spread(len(prompts)) if same else engine
+        if language is not None:
+            engine = ConstrainedEngine(engine, language)
         prefill_seconds = time.perf_counter() - began
 
         rows = list(range(len(prompts))) if rows is None else rows
@@ -82,7 +95,7 @@ class Session:
             cache_bytes=engine.cache_bytes,
         )
         answers = [row[:-1] if stop else row for row, stop in zip(tokens, stopped, strict=True)]
-        yield Done([self._tokenizer.reply(row).text for row in answers], answers, stopped, stats)
+        yield Done([self.tokenizer.reply(row).text for row in answers], answers, stopped, stats)
 
     def _prefill_turn(self, prompt, stable):
         """An engine whose prefix is `prompt`, and how many tokens of it were encoded before.
@@ -94,7 +107,7 @@ class Session:
             tokens, kept = self._kept
             if tokens == prompt[: len(tokens)] and len(tokens) < len(prompt):
                 engine, reused = kept.copy(), len(tokens)
-        engine = engine or self._make_engine()
+        engine = engine or self.make_engine()
         if stable > reused:
             engine.prefill(np.array([prompt[reused:stable]], np.int32))
             self._kept = prompt[:stable], engine.copy()

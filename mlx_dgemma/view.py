@@ -28,13 +28,13 @@ HIDDEN = "dim italic"  # what stands behind the text's end
 class View:
     """Shows one generation of one row. Use as a context manager: leaving it restores the terminal, also on Ctrl-C."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: GenerationConfig, quiet: bool = False):
-        """quiet: no text, no canvas."""
+    def __init__(self, tokenizer: Tokenizer, settings: GenerationConfig, quiet: bool = False, writes: bool = True):
+        """quiet: no text, no canvas. writes: the answer goes to stdout as it comes; otherwise only the canvas shows."""
         self._tokenizer, self._settings = tokenizer, settings
         self._console = Console(stderr=True)
         self._styles = WITHOUT_COLOURS if self._console.no_color else STYLES
         self._is_live = not quiet and self._console.is_interactive and sys.stdout.isatty()
-        self._quiet = quiet
+        self._writes = writes and not quiet
         self._live: Live | None = None
         self._tokens: list[int] = []  # of finished blocks
         self._written = 0  # characters of the answer on stdout
@@ -55,12 +55,12 @@ class View:
                 text = tokens[0, : text_end(tokens[0], self._settings)].tolist()
                 self._tokens = [*self._tokens, *text][: self._settings.max_new_tokens]
                 self._last_draft = None
-                if not self._quiet:
+                if self._writes:
                     self._write(final=False)
             case Done(tokens=tokens):
                 self._clear()
                 self._tokens = tokens[0]
-                if not self._quiet:
+                if self._writes:
                     self._write(final=True)
 
     def note(self, text: str) -> None:

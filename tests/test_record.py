@@ -13,7 +13,8 @@ import pytest
 from mlx_dgemma.config import GenerationConfig
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.events import BlockDone, Done, Stats, StepDone
-from mlx_dgemma.record import Recorder, check_writable, settled_steps
+from mlx_dgemma.files import check_writable
+from mlx_dgemma.record import Recorder, settled_steps
 
 SETTINGS = GenerationConfig(max_new_tokens=1024)
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u2028\u2029\ud800\x00]]>&lt;"
@@ -200,7 +201,7 @@ def test_a_path_that_cannot_be_written_is_refused_before(tmp_path):
         tmp_path
         / "missing"
         / "a.html": r"a.html: cannot be written \(No such file or directory\).*make the folder first",
-        tmp_path: "is not a file, expected the name of an HTML file",
+        tmp_path: "is not a file, expected a file's name",
         "/dev/null": "/dev/null: is not a file",  # a rename would replace the device
         tmp_path / ("a" * 300): "cannot be written",
     }
