@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mlx_dgemma
-from demo.evaluate import CHECKPOINT, demo_gguf
+from demo.evaluate import CHECKPOINT, as_gguf
 from demo.tasks import TASKS, held_out
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.presets import PRESETS, with_preset
@@ -32,7 +32,7 @@ def main():
         else:
             import gguf_export
 
-            model = gguf_export.Runner(options.model or demo_gguf())
+            model = gguf_export.Runner(options.model or as_gguf(CHECKPOINT))
             tokenizer = model.tokenizer()
     except DgemmaError as error:
         sys.exit(f"error: {error}")

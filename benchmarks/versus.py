@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.versus_worker import PARTS
 from convert import convert
-from demo.evaluate import CHECKPOINT, demo_gguf, wilson
+from demo.evaluate import CHECKPOINT, as_gguf, wilson
 from demo.tasks import TASKS, check, held_out
 from mlx_dgemma.config import parse_config, read_json
 from mlx_dgemma.errors import DgemmaError
@@ -207,7 +207,7 @@ def answers(options, env):
     if not folder.exists():  # mlx-vlm cannot run the bfloat16 checkpoint on a CPU
         convert(CHECKPOINT, folder, to="mlx", recipe="fp32")
     tokenizer = Tokenizer(Path(CHECKPOINT), config)
-    paths, pythons = {"ggml": demo_gguf()}, {"mlx-vlm": options.python}
+    paths, pythons = {"ggml": as_gguf(CHECKPOINT)}, {"mlx-vlm": options.python}
     engines = dict.fromkeys(engine for engine, _, _ in RUNS)
     workers = {name: Worker(name, paths.get(name, folder), pythons.get(name, sys.executable), env) for name in engines}
     try:

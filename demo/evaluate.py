@@ -13,12 +13,16 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from demo.canvas_tasks import MAKERS as CANVAS_TASKS
 from demo.tasks import TASKS, check, held_out
+from mlx_dgemma.editing import NOISE
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.events import BlockDone, Done
 from mlx_dgemma.presets import PRESETS
 
-CHECKPOINT = "demo/checkpoint"
+CHECKPOINT, INFILL_CHECKPOINT = "demo/checkpoint", "demo/infill"
+CANVAS_TASKS_JSON = (*CANVAS_TASKS, "json")
+MODES = ("clamp", "warm", "prompt")
 
 
 class Answer(NamedTuple):
@@ -63,31 +67,42 @@ def transformers_engine(path, **settings):
 
 
 def mlx_engine(path, dequantize=False, **settings):
+    return session_engine(*open_mlx(path, dequantize, **settings))
+
+
+def open_mlx(path, dequantize=False, **settings):
+    """A session on MLX, and its settings."""
     import mlx.core as mx
 
     import mlx_dgemma
 
     # float32 as in the reference, whatever the device's default is.
     model, tokenizer = mlx_dgemma.load(path, mx.float32, dequantize)
-    return session_engine(mlx_dgemma.make_session(model, tokenizer), model.generation_config.replace(**settings))
+    return mlx_dgemma.make_session(model, tokenizer), model.generation_config.replace(**settings)
 
 
 def ggml_engine(path, device="auto", self_conditioning=None, **settings):
+    return session_engine(*open_ggml(path, device, self_conditioning, **settings))
+
+
+def open_ggml(path, device="auto", self_conditioning=None, **settings):
+    """A session on ggml, and its settings. A checkpoint folder becomes F32 first."""
     from gguf_export import Runner
     from gguf_export.engine import make_session
 
-    runner = Runner(path if path != CHECKPOINT else demo_gguf(), device, self_conditioning=self_conditioning)
-    return session_engine(make_session(runner, runner.tokenizer()), runner.generation_config.replace(**settings))
+    path = as_gguf(path) if (Path(path) / "config.json").exists() else path
+    runner = Runner(path, device, self_conditioning=self_conditioning)
+    return make_session(runner, runner.tokenizer()), runner.generation_config.replace(**settings)
 
 
-def demo_gguf():
-    """The bundled checkpoint as F32, made once."""
+def as_gguf(folder):
+    """A checkpoint as F32, made once."""
     from convert import convert
 
-    out = Path("build/demo-F32.gguf")
+    out = Path("build") / f"{Path(folder).resolve().parent.name}-{Path(folder).resolve().name}-F32.gguf"
     if not out.exists():
         out.parent.mkdir(exist_ok=True)
-        convert(CHECKPOINT, out, to="gguf", recipe="F32")
+        convert(folder, out, to="gguf", recipe="F32")
     return out
 
 
@@ -164,7 +179,12 @@ def main(arguments=None):
     parser.add_argument("--device", help="ggml: a name that `python -m gguf_export devices` prints")
     parser.add_argument("--self-conditioning", choices=("top-k", "exact"), help="ggml: see `python -m gguf_export run`")
     parser.add_argument("--against", metavar="MODEL", help="also answer with this one on MLX; count the same answers")
-    parser.add_argument("--task", choices=TASKS, action="append", help="may be repeated; default: all")
+    parser.add_argument(
+        "--task", choices=(*TASKS, *CANVAS_TASKS), action="append", help="may be repeated; default: all"
+    )
+    parser.add_argument("--mode", choices=MODES, help="tasks with known parts: how the model is given them")
+    parser.add_argument("--search", action="store_true", help="infill: find the hole's length too")
+    parser.add_argument("--noise", type=float, default=NOISE, help=f"edit: share of noise to start with ({NOISE})")
     parser.add_argument("--n", type=int, default=300, help="instances per task (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the instances and the noise")
     parser.add_argument("--batch", type=int, default=50, help="instances denoised at once (default: 50)")
@@ -178,6 +198,11 @@ def main(arguments=None):
     if args.n < 1 or args.batch < 1:
         parser.error("--n and --batch must be at least 1")
 
+    unknown = set(args.task or ()) - set(TASKS if args.mode is None else CANVAS_TASKS_JSON)
+    if unknown:
+        parser.error(f"--task {min(unknown)} is for " + ("--mode" if args.mode is None else "no --mode"))
+    if args.mode:
+        return _known_parts(parser, args)
     try:
         engine = ENGINES[args.engine](args.model, **_engine_options(parser, args))
         against = mlx_engine(args.against, args.dequantize) if args.against else None
@@ -203,6 +228,30 @@ def main(arguments=None):
             f"{row['steps_per_block']:>12.1f}{row['tpf']:>7.1f}  {several}" + (f"{row['same']:>15}" if against else ""),
             flush=True,
         )
+    if args.json:
+        print(json.dumps({"engine": args.engine, "model": args.model, "seed": args.seed, "tasks": table}))
+
+
+def _known_parts(parser, args):
+    """The tasks of evaluate_canvas.py."""
+    from demo.evaluate_canvas import as_text, evaluate_mode, heading
+
+    if args.engine == "transformers" or args.against:
+        parser.error("--mode is for --engine mlx and ggml, without --against")
+    args.model = INFILL_CHECKPOINT if args.model == CHECKPOINT and args.task != ["json"] else args.model
+    table = []
+    try:
+        session, config = {"mlx": open_mlx, "ggml": open_ggml}[args.engine](args.model, **_engine_options(parser, args))
+        print(heading())
+        for task in args.task or CANVAS_TASKS_JSON:
+            row = evaluate_mode(
+                session, config, task, args.mode, args.n, args.seed, args.batch, args.search, args.noise,
+                args.show_failures,
+            )  # fmt: skip
+            table.append(row)
+            print(as_text(row), flush=True)
+    except (DgemmaError, OSError) as error:
+        sys.exit(f"error: {error}")
     if args.json:
         print(json.dumps({"engine": args.engine, "model": args.model, "seed": args.seed, "tasks": table}))
 

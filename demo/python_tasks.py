@@ -130,7 +130,7 @@ def _text_function(rng):
     )
 
 
-def _function(rng):
+def draw_function(rng):
     make = rng.choices((_list_function, _pair_function, _text_function), (0.5, 0.25, 0.25))[0]
     parameters, doc, lines, kind = make(rng)
     body = "\n".join("    " + line for line in lines)
@@ -159,7 +159,7 @@ _SWAPS = {"+": "-*", "-": "+", "*": "+-", "%": "*", "<": ">", ">": "<", "==": ["
 # fmt: on
 
 
-def _break_one_token(rng, function):
+def break_one_token(rng, function):
     """The function with one token of its body exchanged so that it behaves differently."""
     spots = list(_TOKEN.finditer(function.body))
     while True:
@@ -185,13 +185,13 @@ def _break_one_token(rng, function):
 
 
 def make_complete(rng):
-    function = _function(rng)
+    function = draw_function(rng)
     return f"Complete:\n{function.documented}", function.body, function, function.doc
 
 
 def make_fix(rng):
-    function = _function(rng)
-    broken = _break_one_token(rng, function)
+    function = draw_function(rng)
+    broken = break_one_token(rng, function)
     return f"Fix the bug:\n{function.documented}\n{broken.body}", function.source, function, function.doc
 
 
@@ -282,6 +282,11 @@ def passes(instance, text, timeout=5.0):
     """Does the answer behave like the true function on every input?"""
     function = instance.truth
     source = text.strip("\n") if instance.task == "python_fix" else f"{function.header}\n{text.rstrip()}"
+    return behaves_like(source, function, timeout)
+
+
+def behaves_like(source, function, timeout=5.0):
+    """Is this source, which nobody has read, safe to run, and does it return what the function does?"""
     if not _allowed(source):
         return False
     return _outcomes_in_child(source, function.kind, timeout) == outcomes(function.source, function.kind)

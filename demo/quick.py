@@ -5,10 +5,11 @@ Source   transformers 5.23.0, generation_diffusion_gemma.py
 Differs  every random draw comes from torch; results that count come from demo.evaluate
 """
 
+import numpy as np
 import torch
 
 from demo import model as M
-from demo.pool import collate
+from demo.pool import Example, collate
 from demo.tasks import TASKS, check, held_out
 from demo.tokenizer import PAD, build, render
 
@@ -24,7 +25,7 @@ def generate(twin, weights, prefixes, max_blocks=3, n_steps=48):
     open_rows = list(range(len(prefixes)))
     prefixes = [list(prefix) for prefix in prefixes]
     for _ in range(max_blocks):
-        tokens, valid, _ = collate([(prefixes[row], [0]) for row in open_rows])
+        tokens, valid, *_ = collate([Example(np.array(prefixes[row]), np.zeros(1)) for row in open_rows])
         encoder_masks, decoder_masks = twin.masks(valid.to(device))
         _, past = twin.encode(weights, tokens.to(device), encoder_masks)
         n = len(open_rows)

@@ -15,21 +15,23 @@ import torch.nn.functional as F
 
 from demo import model as M
 from demo.optim import make_optimizers
-from demo.pool import MIX, batches, make_pool
+from demo.pool import INFILL_MIX, MIX, batches, make_pool
 from demo.quick import quick_rates
 from demo.tokenizer import write
 
 
 def losses(twin, params, batch, generator, device):
-    tokens, valid, clean = (x.to(device) for x in batch)
+    tokens, valid, clean, span, old = (x.to(device) for x in batch)
     rows, vocab = len(clean), M.CONFIG["vocab_size"]
     weights = twin.cast(params)
     encoder_masks, decoder_masks = twin.masks(valid)
 
     t = torch.rand(rows, 1, generator=generator) * (1 - 2e-4) + 1e-4
-    noisy = torch.rand(clean.shape, generator=generator) < t
+    noisy = (torch.rand(clean.shape, generator=generator) < t).to(device) & span
     noise = torch.randint(vocab, clean.shape, generator=generator)
-    canvas = torch.where(noisy.to(device), noise.to(device), clean)
+    # Half of the edits start from the text as it was, as a warm start does.
+    warm = (torch.rand(rows, 1, generator=generator) < 0.5).to(device)
+    canvas = torch.where(noisy, noise.to(device), torch.where(warm, old, clean))
 
     hidden, past = twin.encode(weights, tokens, encoder_masks)
     half = rows // 2
@@ -61,6 +63,8 @@ def main():
     parser.add_argument("--encoder-weight", type=float, default=1.0)
     parser.add_argument("--pool", type=int, default=200_000)
     parser.add_argument("--mix", help="task=share,... ", default="")
+    parser.add_argument("--infill", action="store_true", help="the mixture with holes and edits, for a second training")
+    parser.add_argument("--start", type=Path, help="begin with this checkpoint's weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo/checkpoint"))
     parser.add_argument("--snapshot", type=Path, default=Path("demo-snapshot.pt"))
@@ -73,12 +77,15 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    mix = MIX | {k: float(v) for k, v in (pair.split("=") for pair in args.mix.split(",") if pair)}
+    mix = (INFILL_MIX if args.infill else MIX) | {
+        k: float(v) for k, v in (pair.split("=") for pair in args.mix.split(",") if pair)
+    }
     began = time.time()
     pool = make_pool(args.pool, args.seed, mix)
     print(f"pool {len(pool)} in {time.time() - began:.0f} s, {device}, {vars(args)}", flush=True)
 
-    params = {name: p.to(device).requires_grad_() for name, p in M.init_params(args.seed).items()}
+    params = M.load(args.start) if args.start else M.init_params(args.seed)
+    params = {name: p.to(device).requires_grad_() for name, p in params.items()}
     optimizers = make_optimizers(params, args.lr, args.optimizer == "muon")
     step, spent = 0, 0.0
     if args.resume:

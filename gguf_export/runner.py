@@ -31,6 +31,7 @@ from .memory import Memory, check_fits
 from .quantize import cores
 
 RUN = ("prefill", "denoise+sample")  # the graphs; commit is prefill
+KEPT_PREFIXES = 3  # of different numbers of rows: a search for a hole's length goes back and forth between two
 KEPT_GRAPHS = 32  # expanded, not compiled: one takes milliseconds to make and a megabyte to keep
 MAX_THREADS = 512  # GGML_MAX_N_THREADS; more end the process
 PREFILL_CHUNK = 512  # prompt tokens encoded at once: bounds the memory of attention scores
@@ -83,7 +84,7 @@ class Prefix:
     def spread(self, rows: int) -> "Prefix":
         """The only row of this prefix in as many rows."""
         twin = self.runner.make_cache(rows, self.room)
-        for name, leaf in self.state.leaves.items():
+        for name in self.state.leaves:
             if name.startswith("blk."):
                 # A spare prefix may have more room than this one.
                 values = self.state.read(name)
@@ -156,7 +157,7 @@ class Runner:
         self.stored = stored_specs(self.model.file)
         self.slots_sliding = rounded(self.config.sliding_window - 1 + max(self.config.canvas_length, PREFILL_CHUNK))
         self._graphs: dict[tuple, Graph] = {}
-        self._spare: Prefix | None = None
+        self._spares: dict[int, Prefix] = {}  # rows → a prefix that nobody reads, the newest last
         self._needs: dict[tuple[int, int], list[int]] = {}  # (rows, room) → bytes on each device
         weights = self._weights()  # before anything is allocated: a wrong description ends here
         if executor is None:
@@ -178,16 +179,19 @@ class Runner:
 
     def make_cache(self, rows: int = 1, room: int | None = None) -> Prefix:
         """An empty prefix for `rows` rows. room: tokens it can hold before it must grow."""
-        room, spare = rounded(room or self.config.canvas_length), self._spare
-        if spare is not None and spare.rows == rows and room <= spare.room <= 2 * room:
-            self._spare = None
+        room, spare = rounded(room or self.config.canvas_length), self._spares.get(rows)
+        if spare is not None and room <= spare.room <= 2 * room:
+            del self._spares[rows]
             spare.clear()
             return spare
         return Prefix(self, rows, room)
 
     def give_back(self, cache: Prefix) -> None:
         """Keep a prefix that nobody reads any more, with its compiled graphs, for the next `make_cache` of its size."""
-        self._spare = cache
+        self._spares.pop(cache.rows, None)
+        self._spares[cache.rows] = cache
+        if len(self._spares) > KEPT_PREFIXES:
+            del self._spares[next(iter(self._spares))]
 
     def encode(self, tokens, cache: Prefix, padding=None) -> np.ndarray:
         """Append tokens to the prefix: causal, sliding layers within their window.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from . import editing, infilling, structure
 from .clamp import Clamp
 from .config import GenerationConfig
-from .decisions import Decision, decide_template
+from .decisions import Decision
 from .engine import MlxEngine
 from .errors import DgemmaError
 from .events import BlockDone, Done, StepDone
@@ -41,7 +41,8 @@ def stream(
 
     prompt: a text, a conversation (list of {"role", "content"}), or a list of either, denoised as one batch.
     config: the checkpoint's generation_config.json by default; `model.generation_config.replace(…)` changes a value.
-    rows: noise row ids, one per prompt. A row's text depends on its id and the seed, not on its neighbours. clamp: what is known of the answers. language: what every answer is a text of
+    rows: noise row ids, one per prompt. A row's text depends on its id and the seed, not on its neighbours.
+    clamp: what is known of the answers. language: what every answer is a text of
     (`structure.compile`).
     """
     config = config or model.generation_config
@@ -58,13 +59,13 @@ def generate(
     max_tokens: int | None = None,
     thinking: bool = False,
     regex: str | None = None,
-    json_schema: str | None = None,
+    json_schema: str | dict | None = None,
     template: str | None = None,
     **settings,
 ) -> str | list[str]:
     """The answer's text, or a list of texts for a batch of prompts. `settings` are fields of GenerationConfig.
 
-    regex, json_schema (its text or a path) or template (fixed text with slots): what every answer looks like.
+    regex, json_schema (a dict, its text or a path) or template (fixed text with slots): what every answer looks like.
     """
     config = model.generation_config.replace(max_new_tokens=max_tokens, **settings)
     forms = {structure.json_schema: json_schema, structure.template: template, str: regex}
@@ -120,8 +121,8 @@ def decide(
     model: DiffusionGemma, tokenizer: Tokenizer, prompt: str | list[dict], template: str, *, seed: int = 0
 ) -> tuple[str, list[Decision]]:
     """A template whose slots are choices, one forward pass for each: the text, and how likely every choice is."""
-    make_engine, tokens = make_session(model, tokenizer).make_engine, tokenizer.chat(*conversations(prompt))
-    return decide_template(make_engine, tokenizer, tokens, template, model.generation_config, seed=seed)
+    session = make_session(model, tokenizer)
+    return session.decide(*conversations(prompt), template, model.generation_config, seed)
 
 
 def is_batch(prompt) -> bool:

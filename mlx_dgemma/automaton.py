@@ -70,6 +70,7 @@ class TokenAutomaton(NamedTuple):
     class_of: np.ndarray  # (T,) int32, -1: no state takes it
 
 
+@functools.lru_cache(maxsize=16)
 def compile_regex(regex: str) -> Automaton:
     """The automaton of all texts that match `regex` as a whole. Raises DgemmaError where it cannot be built."""
     table = _build(f"(?:{without_outer_anchors(regex)})\\x00", regex)
@@ -133,24 +134,27 @@ def _build(regex, shown):
         raise _empty(shown)
     if message.startswith("!"):
         raise DgemmaError(
-            f"the regex {_short(shown)} is not valid ({message[2:]}); expected the syntax of Rust's regex"
+            f"the regex {shortened(shown)} is not valid ({message[2:]}); expected the syntax of Rust's regex"
         )
     if done.returncode < 0 or "memory" in message.lower():
         raise _too_large(shown, f"more memory than {BYTES >> 30} GB")
     raise DgemmaError(f"outlines-core failed ({message.splitlines()[-1:]}); install it again")
 
 
-def _short(text):
+def shortened(text: str) -> str:
+    """For an error message."""
     return repr(text if len(text) <= 60 else text[:57] + "…")
 
 
 def _empty(regex):
-    return DgemmaError(f"the language of {_short(regex)} is empty: no text matches; expected at least one, so relax it")
+    return DgemmaError(
+        f"the language of {shortened(regex)} is empty: no text matches; expected at least one, so relax it"
+    )
 
 
 def _too_large(regex, found):
     return DgemmaError(
-        f"the automaton of {_short(regex)} is too large: {found}, expected {MAX_STATES:,} states at most; "
+        f"the automaton of {shortened(regex)} is too large: {found}, expected {MAX_STATES:,} states at most; "
         "lower the counts in braces, such as a maxLength, or leave them open"
     )
 

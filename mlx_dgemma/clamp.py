@@ -34,7 +34,7 @@ class Clamp(NamedTuple):
             np.pad(part, ((0, 0), (0, missing)), constant_values=value)
             for part, value in zip(parts, (0, False, True), strict=True)
         )
-        return Clamp(*padded)
+        return self._make(padded)
 
     @property
     def free(self) -> np.ndarray:

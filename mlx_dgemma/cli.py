@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .automaton import compile_regex
 from .chat import chat
-from .cli_infill import add_infill_options, check_infill_options, infill, read_parts, recorded
+from .cli_infill import add_infill_options, check_infill_options, infill, is_quiet, read_parts, recorded
 from .config import GenerationConfig
-from .decisions import decide_template
 from .errors import DgemmaError
 from .events import Done
 from .files import check_writable
@@ -187,12 +187,15 @@ def generate(options, load: Callable[[], Loaded]) -> int:
     if options.record:
         check_writable(options.record)
     parts, regex = read_parts(options), structure_of(options)
+    decides = options.template is not None and only_choices(options.template)
+    if decides and options.record:
+        raise DgemmaError("--record has nothing to show where a template holds choices alone: nothing is denoised")
     prompt = read_prompt() if options.prompt == "-" else options.prompt
     if prompt is not None:
         check_prompt("user", prompt)
     tokenizer, generation, session, what = load()
     settings = settings_of(generation, options)
-    if not options.json:
+    if not is_quiet(options):
         print(f"loaded {what} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     if parts:
         return infill(session, parts, prompt, settings, options)
@@ -200,7 +203,7 @@ def generate(options, load: Callable[[], Loaded]) -> int:
     if options.chat:
         return chat(lambda turns: answer(session, tokenizer, settings, options, turns), messages, prompt)
     messages.append({"role": "user", "content": prompt})
-    if options.template is not None and only_choices(options.template):
+    if decides:
         return choose(session, tokenizer, settings, options, messages)
     language = None if regex is None else compile(regex, tokenizer, settings)
     done = answer(session, tokenizer, settings, options, messages, language)
@@ -232,19 +235,22 @@ def structure_of(options) -> str | None:
     """The regex of what every answer has to look like, where the options ask for something."""
     for option, read in STRUCTURES.items():
         if (given := getattr(options, option)) is not None:
-            return read(given)
+            regex = read(given)
+            compile_regex(regex)  # what is wrong with it shows before a model is read; kept for then
+            return regex
     return None
 
 
 def choose(session, tokenizer, settings, options, messages) -> int:
     """A template whose slots are choices: each is decided by one forward pass."""
-    prompt = tokenizer.chat(messages)
-    text, decisions = decide_template(session.make_engine, tokenizer, prompt, options.template, settings)
+    text, decisions = session.decide(messages, options.template, settings, options.seed)
     if not options.json:
         print(text)
         return 0
     slots = [dict(zip(d.choices, d.probabilities.round(6).tolist(), strict=True)) for d in decisions]
-    print(json.dumps({"text": text, "choices": slots, "model": options.model}, ensure_ascii=False))
+    print(
+        json.dumps({"text": text, "choices": slots, "seed": options.seed, "model": options.model}, ensure_ascii=False)
+    )
     return 0
 
 

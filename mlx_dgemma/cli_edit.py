@@ -1,38 +1,42 @@
 """`python -m mlx_dgemma.edit`: rewrite lines of a file in place. `python -m gguf_export edit` is the same on ggml.
 
-Prints a unified diff. The file is written with --write alone, and then all at once.
+Prints a unified diff. The file is written with --write alone, and then all at once. --text is for an editor's filter.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .cli import Loaded, add_model_options, guarded, load_mlx
-from .cli_infill import recorded
+from .cli import OPTIONS, Loaded, add_model_options, guarded, load_mlx, settings_of
+from .cli_infill import check_record, recorded, write_exactly
 from .config import GenerationConfig
 from .editing import NOISE, Edited, cut, diff, edit
 from .errors import DgemmaError
 from .events import BlockDone, Done, StepDone
 from .files import check_writable, read_text, replace_text
-from .presets import with_preset
 from .tokenizer import check_prompt
 from .view import View
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Ctrl-C passes through."""
+    options = _parser().parse_args(argv)
+    return guarded(lambda: run(options, lambda: load_mlx(options)))
+
+
+def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m mlx_dgemma.edit", description="Rewrite lines of a file in place with DiffusionGemma on MLX."
     )
     add_edit_options(parser)
     add_model_options(parser)
-    options = parser.parse_args(argv)
-    options.chat = False
-    return guarded(lambda: run(options, lambda: load_mlx(options)))
+    return parser
 
 
 def add_edit_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +47,7 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
         "--lines",
         metavar="A:B",
         action="append",
-        help="lines that may change, both included (default: all); repeatable",
+        help="lines that may change, counted from 1, both included (default: all); repeatable",
     )
     add(
         "--noise", type=float, default=NOISE, metavar="T",
@@ -55,64 +59,80 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--diff", action="store_true", help="print a unified diff (default); write nothing")
     what.add_argument("--write", action="store_true", help="write the file, all at once; the diff goes to stderr")
+    what.add_argument("--text", action="store_true", help="print the whole edited text, and no remarks: for a filter")
     what.add_argument("--json", action="store_true", help="print one JSON object: text, diff, stats")
     add("--record", metavar="FILE.html", help="write a page that replays the denoising of the last canvas")
+    # Options of `generate` that no edit needs, at their defaults for what both share.
+    parser.set_defaults(chat=False, **dict.fromkeys({*OPTIONS.values()} - {"steps"}))
 
 
 def run(options, load: Callable[[], Loaded]) -> int:
     """Everything that can be wrong is found before `load` reads a model."""
-    text, ranges = read_text(options.file), [read_range(x) for x in options.lines or []] or None
-    cut(text, ranges)
+    if not options.instruction.strip():
+        raise DgemmaError('--instruction is empty, expected what to change, such as -i "Fix the bug"')
     check_prompt("user", options.instruction)
     if not 0 <= options.noise <= 1:
         raise DgemmaError(f"--noise is {options.noise}, expected a share between 0 and 1")
     settings_of(GenerationConfig(), options)
+    ranges = None if options.lines is None else list(map(read_range, options.lines))
     if options.write and options.file == "-":
-        raise DgemmaError("--write needs a file, found standard input; leave --write out, the diff goes to stdout")
-    for path in [options.file] * options.write + [options.record] * bool(options.record):
+        raise DgemmaError("--write needs a file, found standard input; with --text the edited text goes to stdout")
+    check_record(options.record, [options.file])
+    before = read_text(options.file)
+    cut(before, ranges)
+    for path in [options.file] * options.write + [options.record] * (options.record is not None):
         check_writable(path)
     tokenizer, generation, session, _ = load()
     settings = settings_of(generation, options)
-    events = edit(session, text, options.instruction, settings, lines=ranges, seed=options.seed, noise=options.noise)
-    with View(tokenizer, settings, quiet=options.json, writes=False) as view:
+    quiet = options.json or options.text
+    events = edit(session, before, options.instruction, settings, lines=ranges, seed=options.seed, noise=options.noise)
+    with contextlib.ExitStack() as screen:
+        view = None
         for event in recorded(events, options, tokenizer, settings, options.instruction):
+            view = view or screen.enter_context(View(tokenizer, settings, quiet=quiet, writes=False))
             if isinstance(event, StepDone | BlockDone | Done):
                 view.draw(event)
-        if not options.json:
-            view.final_line(event.canvases[-1].done.stats, options.seed)
-    return show(event, text, options)
+            if isinstance(event, Done):  # the next canvas is another text
+                last, view = view, None
+    if not quiet:
+        last.final_line(event.stats, options.seed)
+    return show(event, before, options)
 
 
 def show(edited: Edited, before: str, options) -> int:
     """Print or write what came of it."""
-    name = "stdin" if options.file == "-" else Path(options.file).name
-    changes = diff(before, edited.text, name)
+    changes = diff(before, edited.text, shown_name(options.file))
     if options.json:
-        steps = sum(x.done.stats.steps for x in edited.canvases)
         stats = [dataclasses.asdict(x.done.stats) for x in edited.canvases]
-        found = {"text": edited.text, "diff": changes, "steps": steps, "stats": stats, "seed": options.seed}
-        print(json.dumps(found, ensure_ascii=False))
-        return 0
-    if not changes:
+        found = {"text": edited.text, "diff": changes, "steps": edited.stats.steps, "stats": stats}
+        write_exactly(json.dumps(found | {"seed": options.seed}, ensure_ascii=False) + "\n")
+    elif options.text:
+        write_exactly(edited.text)
+    elif not changes:
         print("nothing changed", file=sys.stderr)
     elif not options.write:
-        sys.stdout.write(changes)
+        write_exactly(changes)
     else:
         if read_text(options.file) != before:
             raise DgemmaError(f"{options.file}: has changed since it was read; nothing was written, run it again")
         replace_text(options.file, edited.text)
-        sys.stderr.write(changes)
+        write_exactly(changes, sys.stderr)
         print(f"wrote {options.file}", file=sys.stderr)
     return 0
+
+
+def shown_name(file: str) -> str:
+    """The file's name in a diff: seen from here where it lies below, so that `patch -p1` finds it."""
+    if file == "-":
+        return "stdin"
+    path = os.path.relpath(file)
+    return Path(file).name if path.startswith("..") else path
 
 
 def read_range(text: str) -> tuple[int, int]:
     """ "3:7" or "3" → first and last line. Raises DgemmaError."""
     match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", text)
-    if not match:
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
         raise DgemmaError(f"--lines is {text!r}, expected FIRST:LAST such as 3:7, counted from 1")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def settings_of(base: GenerationConfig, options) -> GenerationConfig:
-    return with_preset(base, options.preset).replace(max_denoising_steps=options.steps)
+    return first, last

@@ -1,7 +1,7 @@
 """The infilling options of the command line: `--infill FILE`, or `--prefix FILE --suffix FILE`.
 
 The whole text goes to stdout with --infill; with --prefix and --suffix only what belongs between them, so that an
-editor can insert it. A file called - is standard input.
+editor can insert it; neither adds a newline. A file called - is standard input.
 """
 
 import argparse
@@ -10,17 +10,21 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from .errors import DgemmaError
-from .files import read_text
+from .events import BlockDone, Done, StepDone
+from .files import read_text, same_file
 from .infilling import LENGTHS, Filled, fill, parse
 from .layout import Hole
 from .record import Recorder
 from .units import count
-from .view import View
+from .view import View, printable
 
 # What a conversation has and a text does not.
-NOT_WITH_INFILL = ("chat", "system", "thinking", "template", "regex", "json_schema", "max_tokens", "first_canvas")
+NOT_WITH_INFILL = (
+    "chat", "system", "thinking", "template", "regex", "json_schema", "max_tokens", "first_canvas", "drop_tail",
+)  # fmt: skip
 
 
 def add_infill_options(parser) -> None:
@@ -39,13 +43,13 @@ def check_infill_options(parser: argparse.ArgumentParser, options: argparse.Name
     """Whether there is something to infill. Ends with a usage error where options exclude each other."""
     given = [name for name in ("infill", "prefix", "suffix") if getattr(options, name) is not None]
     if not given:
-        if options.lengths:
+        if options.lengths is not None:
             parser.error("--lengths is for --infill, or --prefix and --suffix")
         return False
     if "infill" in given and len(given) > 1:
         parser.error(f"--infill and --{given[1]} exclude each other")
     for name in NOT_WITH_INFILL:
-        if getattr(options, name):
+        if getattr(options, name) not in (None, False):
             parser.error(f"--{given[0]} and --{name.replace('_', '-')} exclude each other")
     if [getattr(options, name) for name in given].count("-") + (options.prompt == "-") > 1:
         parser.error("standard input can be read once; give the other text as a file")
@@ -53,11 +57,15 @@ def check_infill_options(parser: argparse.ArgumentParser, options: argparse.Name
 
 
 def read_parts(options) -> list | None:
-    """The text and its holes, or None where nothing is to be infilled. Raises DgemmaError."""
+    """The text and its holes, or None where nothing is to be infilled. Raises DgemmaError for all that is wrong with
+    the options, before a model is loaded."""
+    files = [name for name in (options.infill, options.prefix, options.suffix) if name is not None]
+    if not files:
+        return None
+    read_lengths(options.lengths)
+    check_record(options.record, files)
     if options.infill is not None:
         return parse(read_text(options.infill))
-    if options.prefix is None and options.suffix is None:
-        return None
     before, behind = ("" if name is None else read_text(name) for name in (options.prefix, options.suffix))
     if not before and not behind:
         raise DgemmaError(
@@ -66,22 +74,49 @@ def read_parts(options) -> list | None:
     return [before, Hole(), behind]
 
 
+def check_record(record: str | None, files: list[str]) -> None:
+    """Raises DgemmaError where the page that --record writes would replace a file that is read."""
+    for name in files:
+        if record is not None and name != "-" and same_file(record, name):
+            raise DgemmaError(f"--record {record}: is the text itself, expected a page's name; choose another name")
+
+
+def is_quiet(options) -> bool:
+    """Whether stderr stays empty: an editor that filters a text through a command may read both streams."""
+    return options.json or options.infill == "-"
+
+
 def infill(session, parts, prompt, settings, options) -> int:
     """Fill the holes and print; returns the exit code."""
     lengths = read_lengths(options.lengths)
-    if any(isinstance(part, Hole) and part.length is None for part in parts) and not options.json:
+    searches = any(isinstance(part, Hole) and part.length is None for part in parts)
+    quiet = is_quiet(options)
+    if searches and not quiet:
         print(f"trying {count(len(lengths), 'length')} for each hole without one", file=sys.stderr)
     events = fill(session, parts, settings, prompt=prompt, seed=options.seed, lengths=lengths)
     shown = "".join("…" if isinstance(part, Hole) else part for part in parts)
-    with View(session.tokenizer, settings, quiet=options.json, writes=False) as view:
+    with View(session.tokenizer, settings, quiet=quiet, writes=False) as view:
         for event in recorded(events, options, session.tokenizer, settings, shown):
             if not isinstance(event, Filled):
                 view.draw(event)
-        if not options.json:
+        if not quiet:
             view.final_line(event.done.stats, options.seed)
-    text = event.text if options.infill is not None else event.holes[0]
-    sys.stdout.write(json.dumps(report(event, options), ensure_ascii=False) + "\n" if options.json else text)
+    if options.json:
+        write_exactly(json.dumps(report(event, options), ensure_ascii=False) + "\n")
+    else:
+        write_exactly(event.text if options.infill is not None else event.holes[0])
     return 0
+
+
+def write_exactly(text: str, stream: TextIO | None = None) -> None:
+    """Text to a stream (default: stdout): UTF-8 whatever the locale says, its own line ends. A terminal gets what is
+    printable."""
+    stream = stream or sys.stdout
+    if stream.isatty():
+        stream.write(printable(text))
+    else:
+        stream.flush()
+        stream.buffer.write(text.encode())
 
 
 def read_lengths(text: str | None) -> tuple[int, ...]:
@@ -96,17 +131,22 @@ def read_lengths(text: str | None) -> tuple[int, ...]:
 
 
 def recorded(events, options, tokenizer, settings, prompt) -> Iterator:
-    """The same events; with --record they are also written as a page, as far as they came."""
+    """The same events; with --record they are also written as a page, as far as they came: the last canvas of several
+    generations."""
     if not options.record:
         yield from events
         return
-    recorder = Recorder(tokenizer, settings, prompt=prompt, model=options.model, seed=options.seed)
+    recorder, is_done = None, True
     try:
         for event in events:
+            if is_done and isinstance(event, StepDone | BlockDone):
+                recorder = Recorder(tokenizer, settings, prompt=prompt, model=options.model, seed=options.seed)
             recorder.take(event)
+            is_done = isinstance(event, Done) or (is_done and not isinstance(event, StepDone | BlockDone))
             yield event
     finally:
-        recorder.write(options.record)
+        if recorder is not None:
+            recorder.write(options.record)
 
 
 def report(filled: Filled, options) -> dict:

@@ -6,9 +6,9 @@ Differs  a plain sampler draws slots one by one; here draft and sample are strin
          within max_new_tokens
 
 How sure a slot is, and what self-conditioning reads, is the model's own: its distribution over the tokens that some
-string has there. With the marginals of all strings instead (`joint`), one likely token makes its neighbours certain,
-whole canvases are accepted in the second step, and text can no longer shift: of 40 held-out prompts for several records
-27 were answered right, 36 in the way chosen, 36 without a language (demo checkpoint, seed 0).
+string has there. With the marginals of all strings instead, one likely token makes its neighbours certain, whole
+canvases are accepted in the second step, and text can no longer shift: of 40 held-out prompts for several records 27
+were answered right, 36 in the way chosen, 36 without a language (demo checkpoint, seed 0).
 
 denoise.py drives it like any engine. The inner one also has `logits` and `put`. Known slots (not `free`) hold what
 `renoise` has there; every string agrees with them.
@@ -27,15 +27,15 @@ from .language import Ending, Language, solve
 class ConstrainedEngine:
     """Implements denoise.Engine around `engine`. languages: one for all rows, or a list with one per row."""
 
-    def __init__(self, engine, languages: Language | Sequence[Language], joint: bool = False):
-        self.engine, self.languages, self.joint = engine, languages, joint
+    def __init__(self, engine, languages: Language | Sequence[Language]):
+        self.engine, self.languages = engine, languages
         self._states = None  # where each row's committed text stands in its language; (B,) once a block has begun
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
     def copy(self) -> "ConstrainedEngine":
-        return ConstrainedEngine(self.engine.copy(), self.languages, self.joint)
+        return ConstrainedEngine(self.engine.copy(), self.languages)
 
     def use(self, config: GenerationConfig) -> None:
         """Raises DgemmaError where max_new_tokens are too few for the shortest text."""
@@ -96,14 +96,14 @@ class ConstrainedEngine:
         language, state = self._of_row[self._rows[row]], self._states[self._rows[row]]
         whole = Ending(self._room, max(0, self._room - self._length))
         if self._cut:
-            found = solve(language, weights, state, whole._replace(cut=True), uniforms, known, self.joint, out)
+            found = solve(language, weights, state, whole._replace(cut=True), uniforms, known, out)
             if found is not None:
                 return found
             # Only a row that has settled may end behind the cut; nobody reads what it gets here.
             whole = whole._replace(left=self._room)
-        found = solve(language, weights, state, whole, uniforms, known, self.joint, out)
+        found = solve(language, weights, state, whole, uniforms, known, out)
         if found is None and state == language.end:  # a finished row: what is known behind its end is ignored
-            found = solve(language, weights, state, whole, uniforms, joint=self.joint, out=out)
+            found = solve(language, weights, state, whole, uniforms, out=out)
         if found is None:
             raise DgemmaError(
                 f"no text of this structure agrees with the {int((known >= 0).sum())} known tokens of a canvas of"

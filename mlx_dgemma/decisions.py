@@ -27,6 +27,8 @@ class Decision(NamedTuple):
 
     choices: tuple[str, ...]
     probabilities: np.ndarray  # (n,) float64
+    scores: np.ndarray  # (n,) float64, nats, before the temperature
+    single: bool  # every choice has one token, so that nothing is approximated
 
     @property
     def best(self) -> str:
@@ -42,9 +44,8 @@ class Surroundings(NamedTuple):
 
 
 def decide(
-    make_engine: Callable[[], object],
+    engine,
     tokenizer: Tokenizer,
-    prompt: list[int],
     before: str,
     choices: Sequence[str],
     after: str,
@@ -53,26 +54,23 @@ def decide(
     seed: int = 0,
     ends: bool = True,
 ) -> Decision:
-    """Which choice stands between `before` and `after` in the answer to `prompt` (its tokens).
+    """Which choice stands between `before` and `after` in the answer.
 
-    make_engine: returns an engine with an empty prefix. temperature: divides the scores; above 1 for less certainty.
+    engine: its prefix is one prompt; it is left as it is. temperature: divides the scores; above 1 for less certainty.
     ends: the answer ends with `after`; otherwise noise follows. Raises DgemmaError where the canvas is too short.
     """
     if len(choices) < 2 or len(set(choices)) < len(choices) or "" in choices:
         raise DgemmaError(f"the choices are {list(choices)}, expected at least two different texts")
     if not temperature > 0:
         raise DgemmaError(f"the temperature is {temperature}, expected one above 0")
-    if not prompt:
-        raise DgemmaError("the prompt is empty; give its tokens, as Tokenizer.chat returns them")
     settings = settings or GenerationConfig()
     around = surroundings(tokenizer, before, choices, after)
     lengths = sorted({len(tokens) for tokens in around.choices})
-    engine = make_engine()
     C, R = engine.canvas_length, len(lengths)
     canvas = NoiseStream(seed).canvas([0] * R, 0, C, engine.vocab_size)
     for row, length in enumerate(lengths):
         _fill(canvas[row], around, length, ends, settings)
-    engine.prefill(np.array([prompt] * R, np.int32))
+    engine = engine.spread(R)
     engine.use(settings)
     engine.start(canvas)
     tokens = np.unique(np.concatenate(around.choices)).astype(np.int32)
@@ -84,7 +82,8 @@ def decide(
         logits[lengths.index(len(own)), first + np.arange(len(own)), np.searchsorted(tokens, own)].sum()
         for own in around.choices
     ]
-    return Decision(tuple(choices), probabilities(np.array(scores), temperature))
+    scores = np.array(scores)
+    return Decision(tuple(choices), probabilities(scores, temperature), scores, lengths == [1])
 
 
 def decide_template(
@@ -96,11 +95,16 @@ def decide_template(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> tuple[str, list[Decision]]:
-    """A template whose only slots are choices, one forward pass per slot: the text, and each slot's Decision."""
+    """A template whose only slots are choices, one forward pass per slot: the text, and each slot's Decision.
+
+    make_engine: returns an engine with an empty prefix. prompt: its tokens. Otherwise as `decide`.
+    """
     found = parts(template)
     others = [part.kind for part in found if isinstance(part, Slot) and part.kind != "choice"]
     if others:
         raise DgemmaError(f"the template has a slot of kind {others[0]!r}, expected choices alone; denoise this one")
+    engine = make_engine()
+    engine.prefill(np.array([prompt], np.int32))
     text, decisions = "", []
     for i, part in enumerate(found):
         if not isinstance(part, Slot):
@@ -108,9 +112,7 @@ def decide_template(
             continue
         after = next((later for later in found[i + 1 : i + 2] if isinstance(later, str)), "")
         ends = not any(isinstance(later, Slot) for later in found[i + 1 :])
-        decision = decide(
-            make_engine, tokenizer, prompt, text, part.choices, after, settings, temperature, seed, ends=ends
-        )
+        decision = decide(engine, tokenizer, text, part.choices, after, settings, temperature, seed, ends)
         decisions.append(decision)
         text += decision.best
     return text, decisions

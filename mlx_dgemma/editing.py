@@ -6,19 +6,23 @@ Differs  asking for the edit in the prompt lets the model write the whole text a
 Knows no engine, like infilling.py, which does the work.
 """
 
+import dataclasses
 import difflib
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from .config import GenerationConfig
 from .errors import DgemmaError
-from .events import BlockDone, Done, StepDone
+from .events import BlockDone, Done, Stats, StepDone
 from .infilling import Filled, fill
-from .layout import Hole
+from .layout import Hole, encode_text, has_crlf, head, with_crlf
 from .session import Session
 from .units import count
 
 NOISE = 0.5  # share of the old tokens that denoising starts without
+DELTAS = (-4, -3, -2, -1, 0, 1, 2, 3, 4)  # how many tokens more than the old lines the new ones may take
+PARTS = re.compile(r"(\ufeff?)(.*?)(\r?\n|)", re.S)  # byte order mark, text, end of its last line
 
 
 class Edited(NamedTuple):
@@ -26,6 +30,17 @@ class Edited(NamedTuple):
 
     text: str
     canvases: list[Filled]  # one for each canvas that it took
+
+    @property
+    def stats(self) -> Stats:
+        """Of all canvases together."""
+        every = [x.done.stats for x in self.canvases]
+        summed = ("prompt_tokens", "reused_tokens", "tokens", "blocks", "steps", "seconds")
+        return dataclasses.replace(
+            every[0],
+            **{name: sum(getattr(x, name) for x in every) for name in summed},
+            **{name: max(getattr(x, name) for x in every) for name in ("peak_memory", "cache_bytes")},
+        )
 
 
 def edit(
@@ -44,16 +59,22 @@ def edit(
     together are rewritten one after the other, long ones in parts. noise: near 0 keeps to the old text, 1 forgets it.
     Raises DgemmaError for ranges outside the text, or that overlap.
     """
+    if not 0 <= noise <= 1:
+        raise DgemmaError(f"noise is {noise}, expected a share between 0 and 1")
+    is_crlf = has_crlf(text)
+    text = text.replace("\r\n", "\n") if is_crlf else text
     pieces = [part for piece in cut(text, lines) for part in _canvas_sized(piece, session)]
     prompt, done = f"{instruction}\n{text}", []
-    for group in _groups(pieces, session):
-        parts = [Hole(old=piece.text) if i in group else piece.text for i, piece in enumerate(pieces)]
-        for event in fill(session, parts, settings, prompt=prompt, seed=seed, noise=noise):
+    sizes = [len(encode_text(piece.text, session.tokenizer)) for piece in pieces]
+    for group in _groups(pieces, sizes, session.canvas_length // 2):
+        parts = [Hole(sizes[i], piece.text) if i in group else piece.text for i, piece in enumerate(pieces)]
+        for event in fill(session, parts, settings, prompt=prompt, seed=seed, noise=noise, deltas=DELTAS):
             yield event
         done.append(event)
         for i, new in zip(group, event.holes, strict=True):
             pieces[i] = pieces[i]._replace(text=new)
-    yield Edited("".join(piece.text for piece in pieces), done)
+    new = "".join(piece.text for piece in pieces)
+    yield Edited(with_crlf(new) if is_crlf else new, done)
 
 
 class Piece(NamedTuple):
@@ -61,13 +82,21 @@ class Piece(NamedTuple):
     editable: bool
 
 
+def split_lines(text: str) -> list[str]:
+    """Lines as an editor and a diff count them, with their ends. str.splitlines also ends one at a form feed."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
 def cut(text: str, lines: list[tuple[int, int]] | None) -> list[Piece]:
-    """The text between the ranges, and in them. Raises DgemmaError for a range that is not there, or overlaps."""
-    every = text.splitlines(keepends=True)
+    """The text between the ranges, and in them. Raises DgemmaError for a range that is not there, or overlaps.
+
+    The end of a range's last line stays, so that the next line is one as before; so does a byte order mark.
+    """
+    every = split_lines(text)
     if not every:
         raise DgemmaError("the text is empty, expected something to edit; to write into it use --infill")
-    pieces, at = [], 0
-    for first, last in sorted(lines or [(1, len(every))]):
+    pieces, at, given = [], 0, ""
+    for first, last in sorted([(1, len(every))] if lines is None else lines):
         if not 1 <= first <= last <= len(every):
             raise DgemmaError(
                 f"lines {first}:{last} are not in the text, which has {count(len(every), 'line')}; "
@@ -75,47 +104,60 @@ def cut(text: str, lines: list[tuple[int, int]] | None) -> list[Piece]:
             )
         if first <= at:
             raise DgemmaError(f"lines {first}:{last} overlap with a range that ends at line {at}; give each line once")
-        pieces += [Piece("".join(every[at : first - 1]), False), Piece("".join(every[first - 1 : last]), True)]
-        at = last
-    return [*pieces, Piece("".join(every[at:]), False)]
+        mark, old, end = PARTS.fullmatch("".join(every[first - 1 : last])).groups()
+        if not old.strip():
+            raise DgemmaError(f"lines {first}:{last} are blank, expected text to rewrite; to write there use --infill")
+        pieces += [Piece(given + "".join(every[at : first - 1]) + mark, False), Piece(old, True)]
+        at, given = last, end
+    return [*pieces, Piece(given + "".join(every[at:]), False)]
 
 
 def _canvas_sized(piece: Piece, session: Session) -> list[Piece]:
-    """An editable piece as pieces of whole lines of at most half a canvas: the other half shows what follows."""
-    most, parts, taken = session.canvas_length // 2, [], 0
-    size = len(session.tokenizer.encode(piece.text))
-    if not piece.editable or size <= session.canvas_length:
+    """An editable piece as pieces of at most half a canvas: the other half shows what follows. Whole lines, where one
+    line is not longer than that."""
+    most, tokenizer = session.canvas_length // 2, session.tokenizer
+    if not piece.editable or len(encode_text(piece.text, tokenizer)) <= session.canvas_length:
         return [piece]
-    for line in piece.text.splitlines(keepends=True):
-        size = len(session.tokenizer.encode(line))
-        if parts and taken + size <= most:
+    parts, room = [], 0
+    for line in split_lines(piece.text):
+        size = len(encode_text(line, tokenizer))
+        if size <= room:
             parts[-1] += line
-            taken += size
-        else:
-            parts.append(line)
-            taken = size
-    return [Piece(part, True) for part in parts]
-
-
-def _groups(pieces: list[Piece], session: Session) -> list[list[int]]:
-    """Which editable pieces share a canvas, with all that stands between them."""
-    groups: list[list[int]] = []
-    for i, piece in enumerate(pieces):
-        if not piece.editable:
+            room -= size
             continue
-        if groups:
-            whole = "".join(other.text for other in pieces[groups[-1][0] : i + 1])
-            if len(session.tokenizer.encode(whole)) <= session.canvas_length // 2:
-                groups[-1].append(i)
-                continue
-        groups.append([i])
+        while size > most:
+            _, rest = head(line, most, tokenizer)
+            parts.append(line.removesuffix(rest) or line[0])
+            line = line[len(parts[-1]) :]
+            size = len(encode_text(line, tokenizer))
+        parts.append(line)
+        room = most - size
+    split = (PARTS.fullmatch(part).groups() for part in parts)
+    return [Piece(text, bool(i == 1 and text.strip())) for three in split for i, text in enumerate(three)]
+
+
+def _groups(pieces: list[Piece], sizes: list[int], most: int) -> list[list[int]]:
+    """Which editable pieces share a canvas, with all that stands between them: together at most `most` tokens."""
+    groups: list[list[int]] = []
+    for i in (i for i, piece in enumerate(pieces) if piece.editable):
+        if groups and sum(sizes[groups[-1][0] : i + 1]) <= most:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
     return groups
 
 
 def diff(before: str, after: str, name: str) -> str:
-    """A unified diff, "" where nothing changed."""
-    old, new = (text.splitlines(keepends=True) for text in (before, after))
+    """A unified diff, "" where nothing changed. name: the file's, as `patch -p1` looks for it."""
+    old, new = split_lines(before), split_lines(after)
     # A last line without its end is marked as git and diff mark it.
     lines = [line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
-             for line in difflib.unified_diff(old, new, f"a/{name}", f"b/{name}")]  # fmt: skip
+             for line in difflib.unified_diff(old, new, _quoted(f"a/{name}"), _quoted(f"b/{name}"))]  # fmt: skip
     return "".join(lines)
+
+
+def _quoted(name):
+    """A file's name as git writes it in a diff: in quotes where a character has a meaning there."""
+    if re.search(r'[\x00-\x1f"\\\x7f]', name):
+        return '"' + re.sub(r'[\x00-\x1f"\\\x7f]', lambda match: f"\\{ord(match[0]):03o}", name) + '"'
+    return name + "\t" * (" " in name)

@@ -39,7 +39,7 @@ class Stats:
 
     prompt_tokens: int
     reused_tokens: int = 0  # of the prompt, found in the prefix cache
-    tokens: int = 0  # generated, the stop id included, pad excluded
+    tokens: int = 0  # generated, the stop id included, pad and known tokens excluded
     blocks: int = 0  # the longest row's
     steps: int = 0  # decoder passes, summed over rows
     seconds: float = 0.0  # prefill included

@@ -60,7 +60,10 @@ _TYPES = {"string": str, "boolean": bool, "null": type(None), "object": dict, "a
 
 def schema_regex(schema: dict) -> str:
     """Raises DgemmaError for what cannot be promised: found where, expected what."""
-    return _Walk(schema).regex(schema, "#", ())
+    try:
+        return _Walk(schema).regex(schema, "#", ())
+    except RecursionError:
+        raise DgemmaError("the schema is nested too deep to follow, expected fewer levels; take some out") from None
 
 
 def read_schema(text: str, source: str = "the schema") -> dict:
@@ -94,7 +97,7 @@ class _Walk:
             self._check(schema, KEYWORDS[forms[0]], f"beside {forms[0]!r}", path)
             return getattr(self, "_" + forms[0].lstrip("$"))(schema, path, inside)
         types = schema["type"] if "type" in schema else self._implied(schema, path)
-        types = types if isinstance(types, list) else [types]
+        types = types if isinstance(types, list) and types else [types]
         for kind in types:
             if kind not in (*_TYPES, "integer", "number"):
                 raise DgemmaError(f'{path}/type is {json.dumps(kind)}, expected a JSON type such as "string"')
@@ -118,7 +121,7 @@ class _Walk:
 
     def _ref(self, schema, path, inside):
         ref = schema["$ref"]
-        if not isinstance(ref, str) or not ref.startswith("#"):
+        if not isinstance(ref, str) or not re.match("#(/|$)", ref):
             raise DgemmaError(
                 f"{path}/$ref is {json.dumps(ref)}, expected a place in the same schema, such as #/$defs/name"
             )
@@ -180,7 +183,7 @@ class _Walk:
             raise DgemmaError(f"{path} has {' and '.join(given + lengths)}, expected one of them; say all in a pattern")
         if given == ["pattern"]:
             return f'"(?:{self._pattern(schema["pattern"], path)})"'
-        if schema["format"] not in FORMATS:
+        if schema["format"] not in (*FORMATS,):
             raise DgemmaError(f"{path}/format is {json.dumps(schema['format'])}, expected one of: {', '.join(FORMATS)}")
         return f'"{FORMATS[schema["format"]]}"'
 
@@ -190,6 +193,12 @@ class _Walk:
             raise DgemmaError(
                 f"{path}/pattern is {json.dumps(pattern)}, expected ^…$: what the whole string looks like"
             )
+        for found in re.finditer(r"\\.|\[\^?(?:\\.|[^\]\\])*\]", pattern):
+            if found[0][0] == "[" and re.search(r"^\[\^?\]|(?!^)\[|&&|--|~~", re.sub(r"\\.", "", found[0])):
+                raise DgemmaError(
+                    f"{path}/pattern holds {json.dumps(found[0])}, which Rust reads otherwise than JavaScript; escape"
+                    " brackets and doubled marks inside a class with a backslash"
+                )
         ascii_only = {r"\d": "[0-9]", r"\w": "[A-Za-z0-9_]"}
         inner = re.sub(r"\\.", lambda match: ascii_only.get(match[0], match[0]), pattern[1:-1])
         automaton = compile_regex(inner)
@@ -203,10 +212,11 @@ class _Walk:
         return inner
 
     def _range(self, schema, least, most, path):
-        low, high = schema.get(least, 0), schema.get(most)
-        for keyword, value in ((least, low), (most, high)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        for keyword in (least, most):
+            value = schema.get(keyword, 0)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise DgemmaError(f"{path}/{keyword} is {json.dumps(value)}, expected a whole number from 0 on")
+        low, high = schema.get(least, 0), schema.get(most)
         if high is not None and high < low:
             raise DgemmaError(f"{path}: {least} is {low} and {most} {high}, expected {least} ≤ {most}")
         return low, high
@@ -215,7 +225,7 @@ class _Walk:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, dict) or not isinstance(required, list):
             raise DgemmaError(f"{path}: properties and required are no object and no list, expected those")
-        unknown = [name for name in required if name not in properties]
+        unknown = [name for name in required if name not in [*properties]]
         if unknown:
             raise DgemmaError(f"{path}/required names {json.dumps(unknown[0])}, expected a listed property; add it")
         if not properties:

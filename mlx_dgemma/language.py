@@ -2,8 +2,8 @@
 
 Shapes   C canvas slots, A alive tokens, K classes of them, S states, E edges (state, class) → state
 Source   arXiv 2505.23061 (DINGO) for the likeliest string
-Differs  one backward pass of sums, not of maxima alone, gives also a sample and each slot's distribution; works on
-         classes of tokens that no state tells apart; a text may end inside the canvas, or behind it
+Differs  a second backward pass, of sums instead of maxima, gives a sample too; works on classes of tokens that no state
+         tells apart; a text may end inside the canvas, or behind it
 
 After a text comes a stop id, then fill until the canvas ends: the model was trained with `<eos>` there, and pad is
 what the loop puts there. Alive tokens are sorted by class and id, so that a class is a stretch of them.
@@ -35,6 +35,8 @@ class Language:
         fill = np.where(np.arange(S + 1) == S, S, -1)
         kinds = {(True, False): stop, (True, True): np.maximum(stop, fill), (False, True): fill}
         special = sorted({*stop_ids, *fill_ids})
+        if any(automaton.class_of[i] >= 0 for i in special if i < len(automaton.class_of)):
+            raise ValueError(f"a text holds one of the tokens {special}, which end it; lift without them")
         of_special = [(i in stop_ids, i in fill_ids) for i in special]
         self.next = np.column_stack([text, *kinds.values()])
         n_tokens = max(len(automaton.class_of), max(special) + 1)
@@ -116,7 +118,7 @@ class Ending(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Strings of the language on one canvas, and the distribution of all of them."""
+    """Strings of the language on one canvas, and how sure each slot is."""
 
     draft: np.ndarray  # (C,) int32, the likeliest string
     sample: np.ndarray  # (C,) int32, a string drawn
@@ -133,14 +135,12 @@ class Classes(NamedTuple):
     shares: np.ndarray  # (C, A) float32, each token's share of its class
 
 
-def solve(
-    language: Language, weights, start: int, ending: Ending, uniforms, known=None, joint=True, out=None
-) -> Found | None:
+def solve(language: Language, weights, start: int, ending: Ending, uniforms, known=None, out=None) -> Found | None:
     """All of `Found` from log-weights (C, A); None where no string of the language fits.
 
-    A string's probability is proportional to the product of its tokens' weights. uniforms (C,): one number per slot.
-    known (C,): tokens that stand already, -1 where none does. joint: shares and entropy are the marginals of that
-    distribution; otherwise each slot's own, over the tokens that some string has there. out: an array for the shares.
+    A string's probability is proportional to the product of its tokens' weights. Shares and entropy are each slot's
+    own, over the tokens that some string has there. uniforms (C,): one number per slot. known (C,): tokens that stand
+    already, -1 where none does. out: an array for the shares.
     """
     known = np.full(len(weights), -1) if known is None else np.asarray(known)
     classes = by_class(weights, language.bounds, out)
@@ -151,7 +151,7 @@ def solve(
         return None
     draft = _likeliest(classes, language, weights, start, backward(classes.best, language, ends, np.maximum.reduceat))
     sample = _drawn(classes, language, start, sums, uniforms)
-    by_slot = (forward if joint else alone)(classes.total, language, start, sums)
+    by_slot = alone(classes.total, language, start, sums)
     # Entropies add up: of the class, and of the token within.
     entropy = -np.sum(by_slot * np.log(np.where(by_slot > 0, by_slot, 1)), axis=1) + (by_slot * classes.spread).sum(1)
     shares = _weighted(classes.shares, by_slot, language.bounds)
@@ -214,33 +214,6 @@ def _log_sum(values, starts):
     safe = np.where(top == -np.inf, 0, top)
     sums = np.add.reduceat(np.exp(values - np.repeat(safe, np.diff(starts, append=len(values)))), starts)
     return np.where(sums > 0, safe + np.log(np.where(sums > 0, sums, 1)), -np.inf)
-
-
-def forward(weights, language, start, sums) -> np.ndarray:
-    """Each slot's probability of each class. (C, K)
-
-    Walks with probabilities of the next edge, which `sums` give: nothing here can underflow that matters.
-    """
-    S, K = language.next.shape
-    here = np.zeros(S)
-    here[start] = 1
-    found = np.empty((len(weights), K))
-    for slot, row in enumerate(weights):
-        reach = np.flatnonzero(here)
-        if len(reach) * 4 < S:  # most states are out of reach, as in long fixed text
-            cls = language.next[reach]  # (n, K)
-            valid = cls >= 0
-            edges = np.flatnonzero(valid)
-            source, target, cls = reach[edges // K], cls.ravel()[edges], edges % K
-        else:
-            source, target, cls = language.source, language.target, language.cls
-        before = sums[slot]
-        log_share = row[cls] + sums[slot + 1][target] - np.where(before == -np.inf, 0, before)[source]
-        p = here[source] * np.exp(log_share)
-        found[slot] = np.bincount(cls, p, K)
-        here = np.bincount(target, p, S)
-        here /= here.sum()  # rounding must not add up
-    return found / found.sum(axis=1, keepdims=True)
 
 
 def alone(weights, language, start, sums) -> np.ndarray:

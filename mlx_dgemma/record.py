@@ -71,6 +71,9 @@ class Recorder:
 
     def take(self, event: StepDone | BlockDone | Done) -> None:
         match event:
+            case StepDone(block=0, step=0) if self._done is not None:  # another canvas of the same work: show the last
+                self._blocks, self._n_known, self._done = [], 0, None
+                self._take_step(event)
             case StepDone() if event.running[0]:
                 self._take_step(event)
             case BlockDone() if self._steps or (event.tokens[0] != self._settings.pad_token_id).any():
@@ -156,7 +159,7 @@ class Recorder:
             "steps": steps,
             "tokens": tokens,
             "known": self._n_known,
-            "tokens_per_forward": round(tokens / steps, 2) if steps else None,
+            "tokens_per_forward": round((tokens - self._n_known) / steps, 2) if steps else None,
             "stopped": stopped,
             "seconds": seconds,
         }

@@ -15,6 +15,7 @@ import numpy as np
 from .clamp import Clamp
 from .config import GenerationConfig, ModelConfig
 from .constrained import ConstrainedEngine
+from .decisions import Decision, decide_template
 from .denoise import Engine, canvas_lengths, denoise_blocks
 from .errors import ContextError, DgemmaError
 from .events import BlockDone, Done, Stats, StepDone
@@ -86,7 +87,7 @@ class Session:
         stats = Stats(
             prompt_tokens=sum(map(len, prompts)),
             reused_tokens=reused,
-            tokens=sum(map(len, tokens)),
+            tokens=sum(map(len, tokens)) - _n_known(clamp, tokens),
             blocks=len(blocks),
             steps=int(sum(b.steps.sum() for b in blocks)),
             seconds=time.perf_counter() - began,
@@ -96,6 +97,14 @@ class Session:
         )
         answers = [row[:-1] if stop else row for row, stop in zip(tokens, stopped, strict=True)]
         yield Done([self.tokenizer.reply(row).text for row in answers], answers, stopped, stats)
+
+    def decide(
+        self, conversation: list[dict], template: str, settings: GenerationConfig, seed: int = 0
+    ) -> tuple[str, list[Decision]]:
+        """A template whose slots are choices: the text, and how likely every choice is; see decisions.py."""
+        prompt = self.tokenizer.chat(conversation)
+        self._check_context(len(prompt), settings.replace(max_new_tokens=1))
+        return decide_template(self.make_engine, self.tokenizer, prompt, template, settings, seed=seed)
 
     def _prefill_turn(self, prompt, stable):
         """An engine whose prefix is `prompt`, and how many tokens of it were encoded before.
@@ -147,6 +156,11 @@ def collect(tokens: np.ndarray, settings: GenerationConfig, known_until=0) -> tu
         kept.append(row[: at[0] + 1].tolist() if at.size else row.tolist())
         stopped.append(bool(at.size))
     return kept, stopped
+
+
+def _n_known(clamp, tokens):
+    """How many of the kept tokens were given."""
+    return 0 if clamp is None else sum(int(clamp.known[i, : len(row)].sum()) for i, row in enumerate(tokens))
 
 
 def _is_tokens(conversation):

@@ -7,11 +7,12 @@ Everything becomes one regex, and `compile` makes it a Language.
 """
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from .automaton import compile_regex, lift, token_bytes, without_outer_anchors
+from .automaton import compile_regex, lift, shortened, token_bytes, without_outer_anchors
 from .config import GenerationConfig
 from .errors import DgemmaError
 from .json_schema import INTEGER, NUMBER, literal, read_schema, schema_regex
@@ -46,19 +47,21 @@ def _compile(regex, tokenizer, stop_ids, pad_id):
     return Language.of(lift(compile_regex(regex), texts), settings)
 
 
-def json_schema(source: str | Path) -> str:
-    """The regex of a JSON schema, given as a file's path or as its text (which begins with a brace)."""
-    text = str(source)
+def json_schema(source: str | Path | dict) -> str:
+    """The regex of a JSON schema, given as a dict, as its text (which begins with a brace) or as a file's path."""
+    text = json.dumps(source) if isinstance(source, dict) else str(source)
     if text.lstrip().startswith("{"):
         return schema_regex(read_schema(text))
     try:
-        return schema_regex(read_schema(Path(source).read_text(encoding="utf-8"), text))
-    except OSError as error:
-        raise DgemmaError(
-            f"{text}: cannot be read ({error.strerror}); give a JSON schema's file, or its text"
-        ) from None
+        content = Path(text).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise DgemmaError(f"{text}: not UTF-8 text; expected a JSON schema") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", error)
+        raise DgemmaError(
+            f"{shortened(text)}: cannot be read ({why}); give a JSON schema's file, or its text, which begins with {{"
+        ) from None
+    return schema_regex(read_schema(content, text))
 
 
 def template(text: str) -> str:
@@ -87,8 +90,10 @@ def _slot(inside, shown):
     match kind:
         case "choice" if argument:
             choices = tuple(argument.split(","))
-            if "" in choices or len(set(choices)) < len(choices):
-                raise DgemmaError(f"the slot {shown} has an empty or repeated choice, expected different texts")
+            if "" in choices or len(set(choices)) < len(choices) or len(choices) < 2:
+                raise DgemmaError(
+                    f"the slot {shown} has one choice, or an empty or repeated one, expected different texts"
+                )
             return Slot(kind, choices, "(?:" + "|".join(map(literal, choices)) + ")")
         case "integer" if not colon:
             return Slot(kind, (), f"(?:{INTEGER})")

@@ -62,7 +62,7 @@ def test_known_tokens_are_intact_always(data):
     known = random.rand(rows, n) < data.draw(st.sampled_from([0.2, 0.6, 1.0]))
     noisy = ~known & (random.rand(rows, n) < 0.7)
     clamp = Clamp(tokens, known, noisy)
-    answer, steps, engine, config = run(clamp, RandomEngine(random.randint(1000)))
+    answer, steps, _, config = run(clamp, RandomEngine(random.randint(1000)))
     for event in steps:
         held = clamp.canvas(event.block * C, C)
         for row in np.flatnonzero(event.running):

@@ -21,17 +21,21 @@ class FavouringEngine:
 
     canvas_length, vocab_size = 64, 1024
 
-    def __init__(self, favoured):
-        self.favoured = favoured
+    def __init__(self, favoured, canvases=None):
+        self.favoured, self.canvases = favoured, [] if canvases is None else canvases
 
     def prefill(self, tokens):
         self.prefix = tokens
+
+    def spread(self, rows):
+        return FavouringEngine(self.favoured, self.canvases)
 
     def use(self, settings):
         pass
 
     def start(self, canvas):
         self.canvas = canvas
+        self.canvases.append(canvas)
 
     def logits(self, temperature, tokens):
         row = np.array([self.favoured.get(int(token), 0.0) for token in tokens], np.float32)
@@ -44,18 +48,11 @@ def tokenizer():
 
 
 def test_the_canvas_holds_the_text_and_noise_in_the_slot(tokenizer):
-    made = []
-
-    def make():
-        made.append(FavouringEngine({}))
-        return made[-1]
-
-    decide(make, tokenizer, [2, 3], '{"city": "', ["Paris", "Rome", "a☃b"], '"}')
-    canvas, around = made[0].canvas, surroundings(tokenizer, '{"city": "', ["Paris", "Rome", "a☃b"], '"}')
+    engine = FavouringEngine({})
+    found = decide(engine, tokenizer, '{"city": "', ["Paris", "Rome", "a☃b"], '"}')
+    canvas, around = engine.canvases[0], surroundings(tokenizer, '{"city": "', ["Paris", "Rome", "a☃b"], '"}')
     lengths = sorted({len(own) for own in around.choices})
-    assert (
-        canvas.shape == (len(lengths), 64) and len(lengths) > 1 and made[0].prefix.tolist() == [[2, 3]] * len(lengths)
-    )
+    assert canvas.shape == (len(lengths), 64) and len(lengths) > 1 and not found.single
     for row, length in zip(canvas, lengths, strict=True):
         n = len(around.before) + length
         assert row[: len(around.before)].tolist() == around.before
@@ -77,11 +74,11 @@ def test_surroundings_put_every_choice_together_again(tokenizer):
 def test_probabilities_are_the_softmax_of_the_choices_tokens(tokenizer):
     digits = [tokenizer.encode(digit)[0] for digit in "123"]
     engine = FavouringEngine({digits[0]: 1.0, digits[1]: 3.0})
-    found = decide(lambda: engine, tokenizer, [2], "n", ["1", "2", "3"], "")
+    found = decide(engine, tokenizer, "n", ["1", "2", "3"], "")
     want = np.exp([1.0, 3.0, 0.0])
     np.testing.assert_allclose(found.probabilities, want / want.sum(), atol=1e-7)
-    assert found.best == "2"
-    softer = decide(lambda: engine, tokenizer, [2], "n", ["1", "2", "3"], "", temperature=2)
+    assert found.best == "2" and found.single
+    softer = decide(engine, tokenizer, "n", ["1", "2", "3"], "", temperature=2)
     np.testing.assert_allclose(softer.probabilities, probabilities(np.array([1.0, 3.0, 0.0]), 2), atol=1e-7)
 
 
@@ -93,13 +90,12 @@ def test_a_template_of_choices_is_decided_from_the_left(tokenizer):
         made.append(FavouringEngine({two: 2.0}))
         return made[-1]
 
-    text, decisions = decide_template(make, tokenizer, [2], "a <|choice:1,2|> b <|choice:1,2|>!")
-    assert text == "a 2 b 2!" and [d.best for d in decisions] == ["2", "2"] and len(made) == 2
-    known = tokenizer.encode("a 2 b ")
-    assert made[1].canvas[0, : len(known)].tolist() == known
-    assert TURN in made[1].canvas[0] and set(made[0].canvas[0, -30:].tolist()) != {
-        EOS
-    }  # only the last slot's text ends
+    text, decisions = decide_template(make, tokenizer, [2, 3], "a <|choice:1,2|> b <|choice:1,2|>!")
+    assert text == "a 2 b 2!" and [d.best for d in decisions] == ["2", "2"]
+    assert len(made) == 1 and made[0].prefix.tolist() == [[2, 3]]
+    known, (first, second) = tokenizer.encode("a 2 b "), made[0].canvases
+    assert second[0, : len(known)].tolist() == known
+    assert TURN in second[0] and set(first[0, -30:].tolist()) != {EOS}  # only the last slot's text ends
     with pytest.raises(DgemmaError, match="slot of kind 'integer'"):
         decide_template(make, tokenizer, [2], "<|choice:1,2|><|integer|>")
 
@@ -113,7 +109,7 @@ def test_a_template_of_choices_is_decided_from_the_left(tokenizer):
 )  # fmt: skip
 def test_errors(tokenizer, choices, before, options, message):
     with pytest.raises(DgemmaError, match=message):
-        decide(lambda: FavouringEngine({}), tokenizer, [2], before, choices, "", **options)
+        decide(FavouringEngine({}), tokenizer, before, choices, "", **options)
 
 
 def test_reliability_by_hand():

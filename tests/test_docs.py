@@ -16,6 +16,7 @@ from gguf_export.cli import _parser as gguf_parser
 from gguf_export.graph import DIMS, OPTIONS, RUNTIME
 from gguf_export.ops import OPS
 from mlx_dgemma.cli import parse
+from mlx_dgemma.cli_edit import _parser as edit_parser
 from mlx_dgemma.config import GenerationConfig, parse_config
 from mlx_dgemma.gguf.metadata import metadata
 
@@ -32,9 +33,11 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_have_the_options_shown(page):
     for line in re.findall(r"^\$ (python -m .*)$", page.read_text(), flags=re.M):
-        _, _, module, *arguments = shlex.split(line.split("<")[0], comments=True)
+        _, _, module, *arguments = shlex.split(re.split(" < | > ", line)[0], comments=True)
         if module == "mlx_dgemma.generate":
             parse(arguments)
+        elif module == "mlx_dgemma.edit":
+            edit_parser().parse_args(arguments)
         elif module == "convert" and arguments[0] == "imatrix":
             imatrix_parser().parse_args(arguments[1:])
         elif module == "gguf_export":

@@ -23,7 +23,7 @@ def test_the_next_generation_takes_the_memory_of_the_last(path):
         session = make_session(runner, tokenizer)
         *_, done = session.stream([[{"role": "user", "content": prompt}]], config)
         texts.append(done.text)
-        states.append(runner._spare.state)
+        states.append(runner._spares[1].state)
     assert states[0] is states[1] is states[2] and texts[0] == texts[2]
     assert runner.make_cache(2).state is not states[0]
     fresh = make_session(runner_of(path), tokenizer)

@@ -16,8 +16,9 @@ MAY_IMPORT = {
 # fmt: off
 WITHOUT_MLX = [
     "config", "tensors", "noise", "errors", "shards", "hub", "tokenizer", "units",
-    "events", "schedule", "denoise", "in_play", "presets", "session", "view", "slots", "record", "files", "clamp", "layout",
-    "infilling", "editing", "automaton", "language", "constrained", "structure", "json_schema", "decisions",
+    "events", "schedule", "denoise", "in_play", "presets", "session", "view", "slots", "record", "files",
+    "clamp", "layout", "infilling", "editing", "automaton", "language", "constrained", "structure", "json_schema",
+    "decisions",
     "cli", "cli_infill", "cli_edit", "floats", "quality",
     "gguf.model", "gguf.metadata", "gguf.vocabulary", "gguf.rope", "gguf.gemma4", "gguf.sentencepiece_model",
 ]

@@ -45,6 +45,7 @@ SCHEMAS = [
     {"type": "object", "additionalProperties": False},
     {"type": "string", "minLength": 2, "maxLength": 5},
     {"type": "string", "pattern": "^[A-Z]{2}\\d+$"},
+    {"type": "string", "pattern": "^[\\[\\]a-]--|x$"},
     {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3},
     {"type": "array", "items": {"type": "boolean"}, "maxItems": 1},
     {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "null"}], "items": False},
@@ -112,12 +113,19 @@ REFUSED = [
     ({"type": "object", "properties": {"a": True}}, "#/properties/a is true"),
     ({"type": "object", "properties": {}, "required": ["z"]}, 'names "z", expected a listed property'),
     ({"type": "text"}, "expected a JSON type"),
+    ({"type": []}, "#/type is [], expected a JSON type"),
+    ({"type": "string", "format": ["date"]}, '#/format is ["date"]'),
+    ({"type": "string", "minLength": None}, "#/minLength is null"),
+    ({"type": "string", "pattern": "^[a&&b]$"}, "Rust reads otherwise than JavaScript"),
+    ({"type": "string", "pattern": "^[]a]$"}, "Rust reads otherwise than JavaScript"),
+    ({"type": "object", "properties": {"a": {"type": "null"}}, "required": [["a"]]}, 'names ["a"], expected a listed'),
     ({"enum": []}, "#/enum is []"),
     ({"type": "integer", "enum": ["a"]}, "a value of the schema's type"),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}}, "holds itself"),
     ({"$ref": "#"}, "holds itself"),
     ({"$ref": "#/$defs/a"}, "found no #/$defs/a"),
     ({"$ref": "http://x/y"}, "expected a place in the same schema"),
+    ({"$ref": "#name"}, "expected a place in the same schema"),
 ]
 # fmt: on
 
@@ -133,7 +141,10 @@ def test_a_schema_comes_from_a_file_or_as_text(tmp_path):
     path.write_text('{"type": "null"}')
     assert structure.json_schema(path) == structure.json_schema(str(path)) == structure.json_schema('{"type": "null"}')
     path.write_text("[1]")
-    for source, message in ((path, "is a JSON list"), (tmp_path / "no", "cannot be read"), ("{", "not JSON")):
+    assert structure.json_schema({"enum": ["a"]}) == structure.json_schema('{"enum": ["a"]}')
+    deep = '{"type": "array", "items": ' * 500 + '{"type": "null"}' + "}" * 500
+    bad = ((path, "is a JSON list"), (tmp_path / "no", "cannot be read"), ("{", "not JSON"), ("\0", "null byte"))
+    for source, message in (*bad, ("[]", "its text, which begins with {"), (deep, "nested too deep|recursion")):
         with pytest.raises(DgemmaError, match=message):
             structure.json_schema(source)
 
@@ -153,7 +164,8 @@ def test_a_template_keeps_its_text_and_fills_its_slots():
     "text, message",
     [
         ("no slot", "has no slot"), ("<|float|>", "the slot <|float|> is not known"), ("<|string:x|>", "<|string:x|>"),
-        ("<|string:0|>", "<|string:0|>"), ("<|choice:a,a|>", "repeated choice"), ("<|choice:|>", "not known"),
+        ("<|string:0|>", "<|string:0|>"), ("<|choice:a,a|>", "repeated"),
+        ("<|choice:a|>", "one choice"), ("<|choice:|>", "not known"),
         ("<|integer:3|>", "expected one of: <|choice:red,green|>"), ("<|regex:a)|>", "without ("),
     ],
 )  # fmt: skip
