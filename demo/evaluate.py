@@ -234,26 +234,35 @@ def main(arguments=None):
 
 def _known_parts(parser, args):
     """The tasks of evaluate_canvas.py."""
-    from demo.evaluate_canvas import as_text, evaluate_mode, heading
+    from demo.evaluate_canvas import IMPOSSIBLE, SEARCHABLE, as_text, evaluate_mode, heading
 
     if args.engine == "transformers" or args.against:
         parser.error("--mode is for --engine mlx and ggml, without --against")
-    args.model = INFILL_CHECKPOINT if args.model == CHECKPOINT and args.task != ["json"] else args.model
-    table = []
-    try:
-        session, config = {"mlx": open_mlx, "ggml": open_ggml}[args.engine](args.model, **_engine_options(parser, args))
-        print(heading())
-        for task in args.task or CANVAS_TASKS_JSON:
+    tasks = args.task or [task for task in CANVAS_TASKS_JSON if (task, args.mode) not in IMPOSSIBLE]
+    for task in tasks:
+        if why := IMPOSSIBLE.get((task, args.mode)):
+            parser.error(f"--task {task} --mode {args.mode}: {why}")
+    if args.search and (args.mode != "clamp" or not SEARCHABLE.issuperset(tasks)):
+        parser.error(f"--search is for --mode clamp and --task {', '.join(sorted(SEARCHABLE))}")
+    table, sessions = [], {}
+    print(heading())
+    for task in tasks:
+        # JSON needs no canvas, so it is the first checkpoint's; the other tasks were learned by its sibling.
+        model = INFILL_CHECKPOINT if args.model == CHECKPOINT and task != "json" else args.model
+        try:
+            if model not in sessions:
+                open_engine = {"mlx": open_mlx, "ggml": open_ggml}[args.engine]
+                sessions[model] = open_engine(model, **_engine_options(parser, args))
             row = evaluate_mode(
-                session, config, task, args.mode, args.n, args.seed, args.batch, args.search, args.noise,
+                *sessions[model], task, args.mode, args.n, args.seed, args.batch, args.search, args.noise,
                 args.show_failures,
             )  # fmt: skip
-            table.append(row)
-            print(as_text(row), flush=True)
-    except (DgemmaError, OSError) as error:
-        sys.exit(f"error: {error}")
+        except (DgemmaError, OSError) as error:
+            sys.exit(f"error: {error}")
+        table.append(row | {"model": model})
+        print(as_text(row), flush=True)
     if args.json:
-        print(json.dumps({"engine": args.engine, "model": args.model, "seed": args.seed, "tasks": table}))
+        print(json.dumps({"engine": args.engine, "seed": args.seed, "tasks": table}))
 
 
 def _engine_options(parser, args):

@@ -3,8 +3,8 @@
 Shapes   an instance is a row of a batch, its index the row id, so batching changes nothing
 Source   demo.canvas_tasks; mlx_dgemma.layout and infilling, as the commands use them
 Differs  clamp: what is given stands. warm: the canvas only starts from it, with the whole schedule ahead, as in
-         transformers and mlx-vlm. prompt: nothing is in the canvas, the model is asked for the text. JSON has no known
-         text: its clamp is a schema
+         transformers and mlx-vlm. prompt: nothing is in the canvas, so of a hole the model sees what stands before
+         it and nothing of what follows. JSON has no known text: its clamp is a schema
 
 What the model wrote into a hole is judged between the text as it was given, so that a warm start is not blamed for
 what it changes elsewhere; that is counted apart, as `intact`.
@@ -24,11 +24,16 @@ from demo.tasks import KINDS, check, held_out
 from mlx_dgemma import structure
 from mlx_dgemma.clamp import Clamp, joined
 from mlx_dgemma.editing import NOISE, edit
-from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.events import BlockDone, Done, StepDone
 from mlx_dgemma.infilling import LENGTHS, fill
 from mlx_dgemma.layout import Hole, lay_out
 from mlx_dgemma.noise import NoiseStream
+
+SEARCHABLE = {"infill", "infill_own", "edit"}
+IMPOSSIBLE = {
+    ("json", "warm"): "there is no text to start from; give clamp (by schema) or prompt",
+    ("sudoku", "prompt"): "the board would be nowhere; --task sudoku without --mode has it in the prompt",
+}
 
 
 class WarmStart(Clamp):
@@ -116,8 +121,6 @@ def _until_stop(draft, config):
 
 def _asked(instance, text):
     """Parts of an answer that was written without a canvas: what stands before the given end is the hole."""
-    if len([p for p in instance.parts if p.free]) > 1:  # Sudoku: cell by cell
-        return list(text.ljust(len(instance.parts)))[: len(instance.parts)], True
     suffix = instance.parts[1].text if len(instance.parts) > 1 else ""
     intact = text.endswith(suffix)
     middle = text.removesuffix(suffix) if intact else text
@@ -133,7 +136,8 @@ def _searched(session, config, row, instance, seed, noise):
     holes = iter(event.holes)
     texts = [next(holes) if p.free else p.text for p in instance.parts]
     steps = event.done.stats.steps + event.search_steps
-    return {"texts": texts, "steps": steps, "tokens": sum(event.lengths), "intact": True}
+    intact = event.text == instance.prefix + "".join(texts)
+    return {"texts": texts, "steps": steps, "tokens": sum(event.lengths), "intact": intact}
 
 
 def _edited(session, config, row, instance, seed, noise):
@@ -177,8 +181,6 @@ def record_regex():
 
 
 def _evaluate_json(session, config, mode, n, seed, batch, show_failures):
-    if mode == "warm":
-        raise DgemmaError("--task json has no text to start from; give --mode clamp (by schema) or prompt")
     language = structure.compile(record_regex(), session.tokenizer, config) if mode == "clamp" else None
     instances, began = held_out("json", n, seed), time.perf_counter()
     texts, steps, tokens = [], [], []

@@ -6,9 +6,10 @@ Source   ours. A canvas whose known tokens are clean and whose hole is noise is 
 Differs  transformers' decoder_input_ids and mlx-vlm's warm start put tokens into the first canvas only; the first
          renoise may replace them
 
-A known slot holds its token in every canvas and in the answer. It spends nothing of the entropy budget and no stop
-rule looks at it, because a canvas full of sure slots would stop before its hole is filled. Self-conditioning there is
-the model's own: the token itself instead was measured and changes nothing (docs/log.md).
+A known slot holds its token in every canvas and in the answer (what is known behind the answer's end becomes pad). It
+spends nothing of the entropy budget and no stop rule looks at it, because a canvas full of sure slots would stop before
+its hole is filled. Self-conditioning there is the model's own: the token itself instead was measured and changes
+nothing (docs/log.md).
 """
 
 from typing import NamedTuple

@@ -81,6 +81,8 @@ def denoise_blocks(
     engine.use(config)
     lengths = canvas_lengths(config, engine.canvas_length, engine.flexible)
     n_blocks, first = len(lengths), 0
+    if clamp is not None and config.drop_tail:
+        config = config.replace(drop_tail=False)  # known text may stand behind what looks like the end
     clamp = clamp or unclamped(len(rows))
     known_until = clamp.text_end((*config.stop_token_ids, config.pad_token_id))
     for block, C in enumerate(lengths):

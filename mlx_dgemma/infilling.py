@@ -80,6 +80,10 @@ def fill(
     deltas: slots more or fewer to try for a hole with old text, where the model doubts what it wrote. Raises
     DgemmaError where the holes and what stands between them do not fit one canvas.
     """
+    if not 0 <= noise <= 1:
+        raise DgemmaError(f"noise is {noise}, expected a share between 0 and 1")
+    if wrong := [x.length for x in parts if isinstance(x, Hole) and x.length is not None and x.length < 1]:
+        raise DgemmaError(f"a hole has {wrong[0]} tokens, expected at least 1")
     tokenizer, C = session.tokenizer, session.canvas_length
     settings = settings.replace(max_new_tokens=C, first_canvas=settings.first_canvas and C, drop_tail=False)
     chosen, searched = [], 0

@@ -62,7 +62,7 @@ class Session:
         prompts = [x if _is_tokens(x) else self.tokenizer.chat(x, thinking) for x in conversations]
         for prompt in prompts:
             self._check_context(len(prompt), settings)
-        if self._keep_prefix and len(prompts) == 1:
+        if self._keep_prefix and len(prompts) == 1 and not _is_tokens(conversations[0]):
             again = self.tokenizer.chat(conversations[0], thinking, reply_next=False)
             engine, reused = self._prefill_turn(prompts[0], _common_length(prompts[0], again))
         else:

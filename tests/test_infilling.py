@@ -281,3 +281,21 @@ def demo_sessions(tmp_path_factory):
     runner = Runner(path, "cpu")
     ggml = make_ggml_session(runner, runner.tokenizer())
     return (make_session(model, tokenizer), model.generation_config), (ggml, runner.generation_config)
+
+
+@pytest.mark.parametrize("given", [{"length": 0}, {"length": -5}, {"noise": 2.0}, {"noise": float("nan")}])
+def test_lengths_and_noise_out_of_range(tiny_model, given):
+    session = make_session(*tiny_model)
+    parts = ["a", Hole(given.get("length", 2)), "b"]
+    with pytest.raises(DgemmaError, match="expected (at least 1|a share between 0 and 1)"):
+        list(fill(session, parts, tiny_model[0].generation_config, noise=given.get("noise", 1.0)))
+
+
+def test_a_session_that_keeps_its_prefix_fills_too(tiny_model):
+    texts = [
+        list(fill(make_session(*tiny_model, keep_prefix=keep), ["a", Hole(2), "b"], tiny_model[0].generation_config))[
+            -1
+        ]
+        for keep in (False, True)
+    ]
+    assert texts[0].text == texts[1].text
