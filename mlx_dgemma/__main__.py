@@ -3,14 +3,14 @@
 `python -m mlx_dgemma`, `python -m mlx_dgemma.generate` and `dgemma-generate` are the same command; it lives in cli.py.
 """
 
+import importlib
 import sys
 
 
-def main() -> int:
+def main(command: str = "cli") -> int:
+    """Run the module of this name. Importing it takes a while too."""
     try:
-        from .cli import main as run
-
-        return run()
+        return importlib.import_module(f".{command}", __package__).main()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -2,16 +2,7 @@
 
 import sys
 
-
-def main() -> int:
-    try:
-        from .cli_edit import main as run
-
-        return run()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-
+from .__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("cli_edit"))

@@ -63,6 +63,9 @@ def edit(
         raise DgemmaError(f"noise is {noise}, expected a share between 0 and 1")
     is_crlf = has_crlf(text)
     text = text.replace("\r\n", "\n") if is_crlf else text
+    # A last line without its end is edited as one that has it: models know lines, and the end would cost a slot.
+    end = "" if text.endswith("\n") else "\n"
+    text += end if text else ""
     pieces = [part for piece in cut(text, lines) for part in _canvas_sized(piece, session)]
     prompt, done = f"{instruction}\n{text}", []
     sizes = [len(encode_text(piece.text, session.tokenizer)) for piece in pieces]
@@ -73,7 +76,7 @@ def edit(
         done.append(event)
         for i, new in zip(group, event.holes, strict=True):
             pieces[i] = pieces[i]._replace(text=new)
-    new = "".join(piece.text for piece in pieces)
+    new = "".join(piece.text for piece in pieces).removesuffix(end)
     yield Edited(with_crlf(new) if is_crlf else new, done)
 
 
@@ -96,7 +99,8 @@ def cut(text: str, lines: list[tuple[int, int]] | None) -> list[Piece]:
     if not every:
         raise DgemmaError("the text is empty, expected something to edit; to write into it use --infill")
     pieces, at, given = [], 0, ""
-    for first, last in sorted([(1, len(every))] if lines is None else lines):
+    ranges = [(1, len(every))] if lines is None else [(x, x) if isinstance(x, int) else x for x in lines]
+    for first, last in sorted(ranges):
         if not 1 <= first <= last <= len(every):
             raise DgemmaError(
                 f"lines {first}:{last} are not in the text, which has {count(len(every), 'line')}; "

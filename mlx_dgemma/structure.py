@@ -81,7 +81,8 @@ def parts(text: str) -> list[str | Slot]:
         found += [text[at : match.start()], _slot(match[1], match[0])]
         at = match.end()
     if not found:
-        raise DgemmaError(f"the template has no slot, expected one such as: {SLOT_FORMS}")
+        found = "a slot that no |> closes" if "<|" in text else "no slot"
+        raise DgemmaError(f"the template has {found}, expected one such as: {SLOT_FORMS}")
     return [part for part in (*found, text[at:]) if part != ""]
 
 

@@ -104,6 +104,7 @@ BAD = [
     (["--regex", "(a{100}){100}"], "is too large: 10002 states, expected 8,000 states at most"),
     (["--template", "age <|float|>"], "the slot <|float|> is not known, expected one of: <|choice:red,green|>"),
     (["--template", "age"], "the template has no slot"),
+    (["--template", "age <|integer"], "the template has a slot that no |> closes"),
     (["--template", "<|choice:a|>"], "the slot <|choice:a|> has one choice"),
     (["--template", "<|regex:(a|>"], "is not valid"),
     (["--template", "<|choice:a,b|>", "--record", "never.html"], "--record has nothing to show"),

@@ -250,3 +250,14 @@ def test_patch_applies_the_diff(tmp_path, name, before, after):
 
 def test_a_name_with_a_newline_stays_one_line():
     assert diff("a", "b", 'x\n"y').startswith('--- "a/x\\012\\042y"\n+++ "b/')
+
+
+def test_a_last_line_without_its_end_is_edited_as_one_with_it():
+    """The demo keeps a line's tail; the end that the model saw is not in the result."""
+    import mlx_dgemma
+
+    model, tokenizer = mlx_dgemma.load("demo/infill")
+    text = 'def tail(word):\n    """Return the first 4 letters of word in upper case."""\n    return word.lower()[:4]'
+    for end in ("", "\n"):
+        edited = mlx_dgemma.edit(model, tokenizer, text + end, "Fix the bug:", lines=[3])
+        assert edited == text.replace("lower", "upper") + end
