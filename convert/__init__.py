@@ -5,7 +5,7 @@ Names resolve on first use, so that Ctrl-C works from the command's first moment
 
 import importlib
 
-_HOMES = {"convert": "api", "Planned": "api", "Worked": "api", "Report": "api", "TARGETS": "recipes"}
+_HOMES = {"convert": "api", "Planned": "api", "Resumed": "api", "Worked": "api", "Report": "api", "TARGETS": "recipes"}
 __all__ = list(_HOMES)
 
 

@@ -8,8 +8,8 @@ def main() -> int:
         from .cli import main as run
 
         return run()
-    except KeyboardInterrupt:
-        print("interrupted; nothing was kept", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"interrupted; {str(stopped) or 'nothing was kept'}", file=sys.stderr)
         return 130
 
 

@@ -1,10 +1,11 @@
 """Convert a DiffusionGemma checkpoint: `convert(src, out, to="gguf", recipe="Q4_K_M")`, or `python -m convert`.
 
-Differs  the work reports events (Planned, Worked) to a function and prints nothing; cli.py draws them
+Differs  the work reports events (Planned, Resumed, Fetching, Worked) to a function and prints nothing: cli.py does
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +15,13 @@ from mlx_dgemma.tensors import Tensor
 
 from .checkpoint import Checkpoint, find_source, open_checkpoint, read_source_config
 from .imatrix import Imatrix, read_imatrix
-from .output import appears_when_done, check_free_name
+from .low_disk import Fetching, low_disk_source
+from .output import check_free_name
+from .partial import partial_output
 from .plan import Plan, make_plan, plan_from_config
 from .plan_gguf import GgufPlan, make_gguf_plan
 from .recipes import DEFAULTS, TARGETS, find_recipe
+from .work import do
 
 
 class Planned(NamedTuple):
@@ -25,6 +29,14 @@ class Planned(NamedTuple):
 
     plan: Plan | GgufPlan
     notes: tuple[str, ...]  # where the result departs from the recipe, or from what a user may expect
+
+
+class Resumed(NamedTuple):
+    """An interrupted run of this conversion left something: what is taken over, and notes on what cannot be."""
+
+    tensors: int
+    bytes: int  # of the output
+    notes: tuple[str, ...]
 
 
 class Worked(NamedTuple):
@@ -53,7 +65,8 @@ def convert(
     imatrix: str | Path | None = None,
     dry_run: bool = False,
     verify: bool = False,
-    on_event: Callable[[Planned | Worked], None] = lambda event: None,
+    low_disk: bool = False,
+    on_event: Callable[[Planned | Resumed | Fetching | Worked], None] = lambda event: None,
 ) -> Report:
     """Write `src` (a folder, a GGUF file or a hub id) as the new folder or GGUF file `out`.
 
@@ -62,7 +75,9 @@ def convert(
     tensor_types: changes to it, as "expert=q6" or "ffn_down_exps=Q5_0".
     imatrix: an importance matrix in llama.cpp's GGUF form; only for "gguf".
     dry_run: plan only; needs config.json alone (or a GGUF's header), and no `out`.
-    Raises DgemmaError; `out` is then as it was.
+    low_disk: `src` is a hub id; a shard is fetched, converted and deleted before the next one is fetched.
+    Raises DgemmaError; `out` is then as it was. Tensors that were complete are kept in `out`.partial, where the same
+    call goes on, whatever ended the one before: an error, KeyboardInterrupt, `kill -9`.
     """
     started = time.monotonic()
     if to not in TARGETS:
@@ -74,26 +89,49 @@ def convert(
         raise DgemmaError("no output was given, expected a new name; only a dry run does without")
     if out is not None:
         check_free_name(Path(out))
+    if low_disk and verify:
+        raise DgemmaError("--verify reads the source again, which --low-disk deletes as it goes; leave one of them out")
     importance = None if imatrix is None else read_imatrix(Path(imatrix))
-    path = find_source(src, config_only=dry_run)
-    if dry_run and (path.is_dir() or path.suffix == ".json"):
-        plan, notes = _plan_from_config(path, to, recipe, importance), ()
-    else:
-        checkpoint = open_checkpoint(path)
-        plan, notes = _plan(checkpoint, to, recipe, importance), _notes(checkpoint)
-    notes += plan.notes
-    on_event(Planned(plan, notes))
-    if dry_run:
-        return Report(plan, notes, None, None, time.monotonic() - started)
+    with _opened(src, out, dry_run, low_disk, on_event) as source:
+        if isinstance(source, Path):
+            plan, notes = _plan_from_config(source, to, recipe, importance), ()
+        else:
+            plan, notes = plan_of(source, to, recipe, importance), _notes(source)
+        notes += plan.notes
+        on_event(Planned(plan, notes))
+        if dry_run:
+            return Report(plan, notes, None, None, time.monotonic() - started)
 
-    def worked(phase):
-        return lambda name, n: on_event(Worked(phase, name, n))
+        def worked(phase):
+            return lambda name, n: on_event(Worked(phase, name, n))
 
-    write, check = _writer(checkpoint, plan, to, importance)
-    with appears_when_done(Path(out), _needed_bytes(checkpoint, plan), folder=to == "mlx") as scratch:
-        write(scratch, worked("convert"))
-        errors = check(scratch, worked("verify")) if verify else None
+        work, check = _work(source, plan, to, importance)
+        fingerprints = {file: source.fingerprint(file) for file in work.sources()}
+        with partial_output(Path(out), work, fingerprints, _needed_bytes(source, plan)) as partial:
+            if partial.journal.done or partial.notes:
+                done = [job.nbytes for job in work.jobs if job.tensor in partial.journal.done]
+                on_event(Resumed(len(done), sum(done), partial.notes))
+                notes += partial.notes
+            do(work, partial.path, source, partial.journal, worked("convert"))
+            errors = None
+            if verify:
+                try:
+                    errors = check(partial.path, worked("verify"))
+                except DgemmaError:
+                    partial.discard()  # it would fail again
+                    raise
     return Report(plan, notes, Path(out), errors, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _opened(src, out, dry_run, low_disk, on_event) -> Iterator[Checkpoint | Path]:
+    """The checkpoint, or the path of what a dry run reads its config.json from."""
+    if low_disk:
+        with low_disk_source(src, None if dry_run else Path(out), on_event) as checkpoint:
+            yield checkpoint
+        return
+    path = find_source(src, config_only=dry_run)
+    yield path if dry_run and (path.is_dir() or path.suffix == ".json") else open_checkpoint(path)
 
 
 def _plan_from_config(path, to, recipe, importance):
@@ -103,7 +141,7 @@ def _plan_from_config(path, to, recipe, importance):
     return plan_from_config(raw, config, recipe, path)
 
 
-def _plan(checkpoint, to, recipe, importance):
+def plan_of(checkpoint, to, recipe, importance=None):
     if to == "gguf":
         return make_gguf_plan(checkpoint.config, recipe, importance)
     weights = checkpoint.weights
@@ -114,26 +152,24 @@ def _plan(checkpoint, to, recipe, importance):
     return make_plan(checkpoint.config, recipe, stored, vision, kept=kept)
 
 
-def _writer(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: Imatrix | None):
-    """(write, check): both take the scratch path and a function to report to. Imported here: a plan needs neither."""
+def _work(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: Imatrix | None):
+    """The work, and a function of the written path and of one to report to that checks it.
+
+    Imported here: a plan needs neither.
+    """
     if to == "gguf":
         from gguf_export.quantize import check_can_quantize
         from gguf_export.verify import verify_gguf
 
-        from .to_gguf import write_gguf
+        from .to_gguf import gguf_work
 
         check_can_quantize({t.type.name for t in plan.tensors}, importance is not None)
-        return (
-            lambda path, worked: write_gguf(checkpoint, plan, path, importance, worked),
-            lambda path, worked: verify_gguf(path, checkpoint.values, plan.config, worked),
-        )
-    from .to_mlx import write_folder
+        work = gguf_work(checkpoint, plan, importance)
+        return work, lambda path, worked: verify_gguf(path, checkpoint.values, plan.config, worked)
+    from .to_mlx import folder_work
     from .verify import verify_folder
 
-    return (
-        lambda path, worked: write_folder(checkpoint, plan, path, worked),
-        lambda path, worked: verify_folder(checkpoint, path, worked),
-    )
+    return folder_work(checkpoint, plan), lambda path, worked: verify_folder(checkpoint, path, worked)
 
 
 def _notes(checkpoint):
@@ -145,9 +181,9 @@ def _notes(checkpoint):
         )
     if checkpoint.assumed:
         notes.append(f"the source lacks {', '.join(checkpoint.assumed)}: the released model's values are taken")
-    return tuple(notes)
+    return (*notes, *checkpoint.notes)
 
 
 def _needed_bytes(checkpoint, plan):
-    """Weights, about 300 bytes per array for its header and index lines, and what is carried along."""
-    return plan.total_bytes + 300 * plan.array_count + checkpoint.carried_bytes
+    """Weights, about 300 bytes per array for its header and index lines, what is carried along, a fetched file."""
+    return plan.total_bytes + 300 * plan.array_count + checkpoint.carried_bytes + checkpoint.held_bytes

@@ -3,16 +3,17 @@
 Shapes   as stored; a BF16 tensor is its uint16 bits (floats.py)
 Source   mlx_dgemma/shards.py reads the headers, mlx_dgemma/tensors.py says which tensors there must be;
          gguf_source.py makes the same of a GGUF file
-Differs  files are mapped, so that a 26B checkpoint costs no memory until its rows are read; and a conversion takes
-         hours, so it also refuses what a loader survives: holes, trailing bytes, an index that points elsewhere
+Differs  rows are read when they are asked for, so that a 26B checkpoint costs no memory; and a conversion takes long,
+         so it also refuses what a loader survives: holes, trailing bytes, an index that points elsewhere
 """
 
+import contextlib
+import hashlib
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from mlx_dgemma.config import GenerationConfig, ModelConfig, parse_config, read_generation_config, read_json
 from mlx_dgemma.errors import DgemmaError
@@ -21,7 +22,7 @@ from mlx_dgemma.gguf.reader import Value
 from mlx_dgemma.gguf.types import Type
 from mlx_dgemma.gguf.vocabulary import vocabulary_metadata
 from mlx_dgemma.hub import model_path
-from mlx_dgemma.shards import AGAIN, FLOATS, INDEX, StoredTensor, rows, stored_tensors
+from mlx_dgemma.shards import AGAIN, FLOATS, INDEX, Rows, StoredTensor, stored_tensors
 from mlx_dgemma.tensors import Tensor, check_coverage, check_shape, is_ignored, is_vision, text_tensors
 
 from .plan import expected_vision
@@ -44,14 +45,15 @@ CARRIED = (
     "LICENSE.md",
     "NOTICE",
 )
+SAMPLED_START, SAMPLE, SAMPLES = 1 << 20, 1 << 12, 64  # bytes of a fingerprint, and how many samples
 SOURCE_FILES = ["config.json", "*.safetensors", INDEX, *CARRIED]
 
 
 class Weights:
-    """The tensors of one folder."""
+    """Tensors of safetensors files by name, as `stored_tensors` finds a folder's."""
 
-    def __init__(self, folder: Path):
-        self.tensors: dict[str, StoredTensor] = stored_tensors(folder)
+    def __init__(self, tensors: dict[str, StoredTensor]):
+        self.tensors = tensors
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -59,21 +61,52 @@ class Weights:
     def __getitem__(self, name: str) -> StoredTensor:
         return self.tensors[name]
 
-    def rows(self, name: str) -> np.ndarray:
-        """A view of one tensor, every axis but the last folded into one. (rows, row)"""
-        return rows(self.tensors[name])
+    def rows(self, name: str) -> Rows:
+        """One tensor, every axis but the last folded into one; a slice is read when it is taken. (rows, row)"""
+        return Rows(self.tensors[name])
 
     def kept_as(self, name: str) -> str:
         """The dtype of what a recipe does not touch, and of a quantized tensor's scales."""
         return self.tensors[name].dtype
 
-    def bytes_of(self, name: str, type: Type) -> np.ndarray | None:
-        """The rows as bytes where they are stored in that ggml type already; nothing else can be copied."""
-        return self.rows(name).view(np.uint8) if self.tensors[name].dtype == type.name else None
+    def bytes_of(self, name: str, type: Type) -> Rows | None:
+        """The rows where their bytes are those of that ggml type already; nothing else can be copied."""
+        return self.rows(name) if self.tensors[name].dtype == type.name else None
+
+
+def fingerprint(file: Path) -> str:
+    """What tells a local file from a changed one: its size, when it was written, its start and samples of the rest.
+
+    Raises DgemmaError where it cannot be read.
+    """
+    try:
+        stat = file.stat()
+        digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        with file.open("rb", buffering=0) as f:
+            digest.update(f.read(SAMPLED_START))
+            for i in range(SAMPLES + 1):
+                f.seek(max(0, stat.st_size - SAMPLE) * i // SAMPLES)
+                digest.update(f.read(SAMPLE))
+    except OSError as error:
+        raise DgemmaError(f"{file}: cannot be read ({error.strerror}), expected a file of the checkpoint") from None
+    return digest.hexdigest()
+
+
+def _at_hand(file: Path) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 class Checkpoint(NamedTuple):
-    """A source to convert: complete, with the shapes its configuration implies."""
+    """A source to convert: complete, with the shapes its configuration implies.
+
+    Its weight files (`weights[name].file` of all tensors) may come and go: the conversion works file by file, enters
+    `holding(file)` around everything it reads of that file, and opens no weight file outside of it. A file whose
+    tensors are all written already, by an interrupted run, is not entered. Both functions may raise DgemmaError.
+
+    holding: file → context manager inside of which the file is there; by default it always is.
+    fingerprint: file → a text that changes with the file's content. Asked for every file before the first is entered
+        and again for each one before it is left, so for a file that is not there it comes from elsewhere (an etag).
+    """
 
     path: Path  # a folder, or a GGUF file
     name: str  # for general.name
@@ -88,6 +121,10 @@ class Checkpoint(NamedTuple):
     carried_bytes: int
     quantized: str = ""  # the types it is quantized to already
     assumed: tuple[str, ...] = ()  # settings it should name and does not
+    notes: tuple[str, ...] = ()  # what else a user should know of where it comes from
+    held_bytes: int = 0  # of the disk: what the file in hand takes, where files come and go
+    holding: Callable[[Path], AbstractContextManager[None]] = _at_hand
+    fingerprint: Callable[[Path], str] = fingerprint
 
     def values(self, tensor: Tensor) -> Float32Rows:
         """A text tensor's rows as float32."""
@@ -115,11 +152,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def open_folder(folder: Path) -> Checkpoint:
     """Check everything that can be checked without reading the weights. Raises DgemmaError."""
     folder = Path(folder)
-    raw, config = read_source_config(folder)
+    read_source_config(folder)  # another model is told by its configuration, before its files are
     _check_series(folder)
-    weights = Weights(folder)
+    weights = Weights(stored_tensors(folder))
     _check_no_gaps(weights)
-    _check_index(folder, weights)
+    check_index(folder, weights)
+    return checkpoint_of(folder, weights)
+
+
+def checkpoint_of(folder: Path, weights: Weights) -> Checkpoint:
+    """The checkpoint of `folder`'s configuration, tokenizer and other small files, and of `weights`.
+
+    Opens no weight file: these may be elsewhere, as long as their headers are known. Raises DgemmaError where the
+    tensors are not those that config.json implies.
+    """
+    raw, config = read_source_config(folder)
     tensors = text_tensors(config)
     # An unquantized MLX folder is a source too: its experts carry MLX's names.
     names = {t.hf: t.mlx if t.hf not in weights and t.mlx in weights else t.hf for t in tensors}
@@ -201,7 +248,7 @@ def _check_no_gaps(weights):
             )
 
 
-def _check_index(folder, weights):
+def check_index(folder, weights):
     if not (folder / INDEX).exists():
         return
     for name, file in read_json(folder / INDEX)["weight_map"].items():

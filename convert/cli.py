@@ -1,22 +1,34 @@
 """python -m convert SRC OUT --to mlx --recipe q4, or OUT.gguf --to gguf --recipe Q4_K_M
 
 Results go to stdout, the plan and the progress bar to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage,
-130 interrupted; after anything but 0 nothing is left behind. `python -m convert imatrix …` is in imatrix_cli.py.
+130 interrupted; after anything but 0 there is no OUT, and the same command goes on with what OUT.partial keeps.
+`python -m convert imatrix …` is in imatrix_cli.py.
 """
 
 import argparse
 import json
+import re
 import signal
 import sys
+from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.files import check_writable
 from mlx_dgemma.quality import error_table
 from mlx_dgemma.units import count, human_bytes
 
-from .api import Planned, convert
+from .api import Fetching, Planned, Resumed, convert
 from .plan_gguf import GgufPlan
 from .recipes import DEFAULTS, TARGETS
 
@@ -27,6 +39,14 @@ def main(argv=None) -> int:
         from .imatrix_cli import main as imatrix_main
 
         return imatrix_main(argv[1:])
+    if argv[:1] == ["fit"]:
+        from .fit_cli import main as fit_main
+
+        return fit_main(argv[1:])
+    if argv[:1] == ["sensitivity"]:
+        from .sensitivity_cli import main as sensitivity_main
+
+        return sensitivity_main(argv[1:])
     args = _parser().parse_args(argv)
     if args.out is None and not args.dry_run:
         _parser().error("OUT is needed, unless --dry-run is given")
@@ -34,19 +54,27 @@ def main(argv=None) -> int:
     if is_gguf and args.to == "mlx":
         _parser().error(f"--to mlx writes a folder, found OUT {args.out}")
     to = args.to or ("gguf" if is_gguf else "mlx")
+    if args.recipe == "auto" and args.budget is None:
+        _parser().error("--recipe auto needs --budget, as 14GB or 4.5bpw")
+    if args.recipe == "auto" and args.low_disk:
+        _parser().error("--recipe auto reads all weights to choose, which --low-disk never has; leave one of them out")
+    if args.recipe != "auto" and (args.budget or args.sensitivity or args.save_recipe):
+        _parser().error("--budget, --sensitivity and --save-recipe belong to --recipe auto")
     console = Console(stderr=True)
     before = signal.signal(signal.SIGTERM, _terminated)  # so that `kill` cleans up as Ctrl-C does
     try:
+        recipe = _chosen(args, to, console) if args.recipe == "auto" else args.recipe
         with _Screen(console, quiet=args.dry_run, verify=args.verify) as screen:
             report = convert(
                 args.src,
                 args.out,
                 to=to,
-                recipe=args.recipe,
+                recipe=recipe,
                 tensor_types=tuple(args.tensor_type),
                 imatrix=args.imatrix,
                 dry_run=args.dry_run,
                 verify=args.verify,
+                low_disk=args.low_disk,
                 on_event=screen.draw,
             )
     except DgemmaError as error:
@@ -79,9 +107,19 @@ def _parser():
         metavar="ROLE=P",
         help="another precision for one role or GGUF tensor, as expert=Q5_0 or ffn_down_exps=Q5_0; may be repeated",
     )
+    parser.add_argument("--budget", metavar="SIZE", help="of recipe auto: size of the weights, as 14GB or 4.5bpw")
+    parser.add_argument(
+        "--sensitivity", metavar="FILE", help="of recipe auto: from `convert sensitivity` (default: sensitivity.json)"
+    )
+    parser.add_argument(
+        "--save-recipe", metavar="FILE", help="of recipe auto: where the recipe goes (default: OUT.recipe.json)"
+    )
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, from llama.cpp or `convert imatrix`")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; needs only config.json")
     parser.add_argument("--verify", action="store_true", help="reopen the result and report the error per role")
+    parser.add_argument(
+        "--low-disk", action="store_true", help="of a hub id: fetch, convert and delete one shard at a time"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
@@ -91,10 +129,39 @@ def _epilog():
     for to, recipes in TARGETS.items():
         lines.append(f"recipes of --to {to} (default {DEFAULTS[to]}):")
         lines += [f"  {recipe.name:<6} {recipe.summary}" for recipe in recipes.values()]
+    lines.append("recipe of both: auto, what costs the least quality within --budget; needs a sensitivity")
     lines.append("a JSON file serves both:")
     lines.append('  {"name": "mine", "roles": {"expert": "mxfp4", "attention": "q6"}}, every other role q8')
     lines.append("python -m convert imatrix --help: collect an importance matrix")
+    lines.append("python -m convert fit --help: which recipes fit a device's memory")
+    lines.append("python -m convert sensitivity --help: measure how much each group of weights matters")
     return "\n".join(lines)
+
+
+def _chosen(args, to, console):
+    """Recipe auto, saved where a later conversion finds it."""
+    from .auto_recipe import SENSITIVITY, choose, write_json
+
+    save = args.save_recipe
+    if save is None and args.out is not None:
+        save = re.sub(r"(?i)\.gguf$", "", args.out.rstrip("/")) + ".recipe.json"
+    if save is not None:
+        check_writable(save)
+    progress = Progress(TextColumn("errors"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
+    task = progress.add_task("errors", total=None)
+
+    def draw(done, total):
+        progress.start()
+        progress.update(task, completed=done, total=total)
+
+    try:
+        recipe = choose(args.src, to, args.budget, args.sensitivity or SENSITIVITY, draw)
+    finally:
+        if progress.live.is_started:  # else stopping would print an empty line
+            progress.stop()
+    if save is not None:
+        write_json(recipe, Path(save))
+    return recipe
 
 
 class _Screen:
@@ -121,6 +188,16 @@ class _Screen:
             self.tasks = {"convert": self.progress.add_task("convert", total=event.plan.total_bytes)}
             if self.verify:
                 self.tasks["verify"] = self.progress.add_task("verify", total=event.plan.compared_bytes)
+        elif isinstance(event, Resumed):
+            notes = list(event.notes)
+            if event.tensors:
+                taken = f"{count(event.tensors, 'tensor')}, {human_bytes(event.bytes)}"
+                notes.append(f"going on where an interrupted run stopped: {taken} are there")
+            for note in notes:
+                self.console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+            self.progress.reset(self.tasks["convert"], completed=event.bytes)
+        elif isinstance(event, Fetching):
+            self.console.print(f"fetching {event.file}, {human_bytes(event.bytes)}", highlight=False, markup=False)
         else:
             self.progress.advance(self.tasks[event.phase], event.bytes)
 

@@ -8,14 +8,12 @@ Differs  a tensor may be copied instead of converted, where the target wants the
 import json
 from pathlib import Path
 
-import numpy as np
-
 from gguf_export.verify import GgufRows
 from mlx_dgemma.gguf.metadata import SAMPLER_KEYS
 from mlx_dgemma.gguf.model import GgufModel, open_gguf
 from mlx_dgemma.gguf.types import FLOATS, Type
 from mlx_dgemma.gguf.vocabulary import tokenizer_files
-from mlx_dgemma.shards import StoredTensor
+from mlx_dgemma.shards import Rows, StoredTensor
 from mlx_dgemma.tensors import text_tensors
 
 from .checkpoint import Checkpoint
@@ -33,7 +31,8 @@ class GgufWeights:
 
     def __getitem__(self, name: str) -> StoredTensor:
         t = self.tensors[name]
-        return StoredTensor(self.model.file.path, "F32", t.shape, 0, 4 * t.size)
+        first = self.model.file.tensors[self.model.parts[name][0]]
+        return StoredTensor(self.model.file.path, "F32", t.shape, first.start, 4 * t.size)
 
     def rows(self, name: str) -> GgufRows:
         return GgufRows(self.model, self.tensors[name])
@@ -42,11 +41,13 @@ class GgufWeights:
         """A file whose norms are all bfloat16 numbers was made from a bfloat16 checkpoint, and becomes one again."""
         return self.model.native_dtype
 
-    def bytes_of(self, name: str, type: Type) -> np.ndarray | None:
-        parts = self.model.parts[name]
-        if len(parts) == 1 and self.model.file.tensors[parts[0]].type == type:
-            return self.model.file.rows(parts[0])
-        return None
+    def bytes_of(self, name: str, type: Type) -> Rows | None:
+        file, parts = self.model.file, self.model.parts[name]
+        if len(parts) > 1 or file.tensors[parts[0]].type != type:
+            return None
+        t = file.tensors[parts[0]]
+        shape = *t.shape[:-1], type.row_bytes(t.shape[-1])
+        return Rows(StoredTensor(file.path, "U8", shape, t.start, t.nbytes))
 
 
 def open_gguf_source(path: Path) -> Checkpoint:

@@ -25,26 +25,24 @@ def appears_when_done(out: Path, needed: int, folder: bool = True) -> Iterator[P
     """
     out = Path(out)
     check_free_name(out)
-    scratch = out.with_name(out.name + ".partial")
+    scratch = scratch_of(out)
     try:
-        _remove(scratch)  # what a killed run left
+        remove(scratch)  # what a killed run left
         (scratch if folder else scratch.parent).mkdir(parents=True, exist_ok=True)
-        free = _free_bytes(out)
-        if free < needed:
-            raise _disk_full(out, needed, free)
+        check_space(out, needed)
         yield scratch
         scratch.rename(out)
     except OSError as error:
-        free = _free_bytes(out)
-        _remove(scratch)
-        if error.errno in NO_SPACE:
-            raise _disk_full(out, needed, free) from None
-        raise DgemmaError(
-            f"{out}: cannot be written ({error.strerror or error}), expected a writable folder; choose another name"
-        ) from None
+        explained = explain(error, out, needed)
+        remove(scratch)
+        raise explained from None
     except BaseException:
-        _remove(scratch)
+        remove(scratch)
         raise
+
+
+def scratch_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def check_free_name(out: Path) -> None:
@@ -52,12 +50,29 @@ def check_free_name(out: Path) -> None:
         raise DgemmaError(f"{out}: already exists, expected a new name; choose another one or remove it first")
 
 
-def _remove(scratch):
-    if scratch.is_dir() and not scratch.is_symlink():
-        shutil.rmtree(scratch, ignore_errors=True)
+def check_space(out: Path, needed: int) -> None:
+    """Raises DgemmaError where less than `needed` bytes are free."""
+    free = _free_bytes(out)
+    if free < needed:
+        raise _disk_full(out, needed, free)
+
+
+def explain(error: OSError, out: Path, needed: int) -> DgemmaError:
+    """What an error at writing `out` means; `needed` is what it needs from here on, in bytes."""
+    if error.errno in NO_SPACE:
+        return _disk_full(out, needed, _free_bytes(out))
+    return DgemmaError(
+        f"{out}: cannot be written ({error.strerror or error}), expected a writable folder; choose another name"
+    )
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder, whether it is there or not."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
-            scratch.unlink()
+            path.unlink()
 
 
 def _free_bytes(out):

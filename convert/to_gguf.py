@@ -1,4 +1,4 @@
-"""Write a checkpoint as one GGUF file, one piece of one tensor in memory at a time.
+"""What is written into a GGUF file.
 
 Shapes   every tensor is rows of weights (…, row); the file has the shape in ggml's order, fastest axis first
 Source   the layout of llama.cpp pull request 24423: GGUF names of mlx_dgemma/tensors.py, rope_freqs.weight, and no
@@ -6,42 +6,41 @@ Source   the layout of llama.cpp pull request 24423: GGUF names of mlx_dgemma/te
 Differs  no value is transformed on the way, so the bytes of a tensor are ggml's quantization of the checkpoint's rows
 """
 
-from collections.abc import Callable
-from pathlib import Path
+import hashlib
 
 import numpy as np
 
-from gguf_export.quantize import quantize
-from gguf_export.writer import GgufWriter
+from gguf_export.quantize import quantize, quantizer
+from gguf_export.writer import gguf_layout
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.floats import STORED_AS, is_finite
 from mlx_dgemma.gguf import rope
 from mlx_dgemma.gguf.metadata import metadata
 from mlx_dgemma.gguf.reader import Value
-from mlx_dgemma.gguf.types import TYPES
+from mlx_dgemma.gguf.types import FLOATS, TYPES
+from mlx_dgemma.quality import not_finite
 
 from .checkpoint import Checkpoint
 from .imatrix import Imatrix
-from .plan_gguf import GgufPlan
+from .plan_gguf import GgufPlan, PlannedTensor
+from .work import Fixed, Job, Place, Work
 
-PIECE = 1 << 24  # weights quantized at a time: 64 MB in float32
 LARGEST = 65_504.0  # of float16, in which ggml keeps its scales
 
 
-def write_gguf(
-    checkpoint: Checkpoint, plan: GgufPlan, path: Path, imatrix: Imatrix | None, wrote: Callable[[str, int], None]
-) -> None:
-    """Write `path`. `wrote(name, nbytes)` is called after every piece."""
+def gguf_work(checkpoint: Checkpoint, plan: GgufPlan, imatrix: Imatrix | None) -> Work:
+    """The conversion to a file."""
     tensors = [(t.tensor.gguf, t.type, t.tensor.shape) for t in plan.tensors]
     factors = rope.frequency_factors(plan.config)
     tensors.insert(1, (rope.NAME, TYPES["F32"], factors.shape))
-    with GgufWriter(path, file_metadata(checkpoint, plan), tensors) as writer:
-        for i, t in enumerate(plan.tensors):
-            for piece in _pieces(checkpoint, t, imatrix):
-                writer.append(t.tensor.gguf, piece)
-                wrote(t.tensor.gguf, piece.nbytes)
-            if i == 0:
-                writer.append(rope.NAME, factors)
-                wrote(rope.NAME, factors.nbytes)
+    layout = gguf_layout(file_metadata(checkpoint, plan), tensors)
+    fixed = (
+        Fixed("", 0, layout.header),
+        Fixed("", layout.offsets[rope.NAME], factors.tobytes(), rope.NAME),
+    )
+    jobs = [_job(checkpoint, t, layout.offsets[t.tensor.gguf], imatrix) for t in plan.tensors]
+    jobs.sort(key=lambda job: checkpoint.weights[job.stored].start)
+    return Work({"": layout.size}, fixed, tuple(jobs), quantizer())
 
 
 def file_metadata(checkpoint: Checkpoint, plan: GgufPlan) -> dict[str, Value]:
@@ -50,33 +49,42 @@ def file_metadata(checkpoint: Checkpoint, plan: GgufPlan) -> dict[str, Value]:
     return keys | checkpoint.vocabulary()
 
 
-def _pieces(checkpoint, t, imatrix):
+def _job(checkpoint, t: PlannedTensor, offset, imatrix):
     name = checkpoint.names[t.tensor.hf]
-    same = checkpoint.weights.bytes_of(name, t.type)
-    rows = checkpoint.values(t.tensor) if same is None else same
+    source = checkpoint.weights[name].file
+    same, values = checkpoint.weights.bytes_of(name, t.type), checkpoint.values(t.tensor)
     importance = t.importance(imatrix)
-    experts = t.tensor.shape[0] if len(t.tensor.shape) == 3 else 1
-    per_expert = len(rows) // experts
-    step = max(1, PIECE // t.tensor.shape[-1])
+    n, row = t.tensor.size // t.tensor.shape[-1], t.tensor.shape[-1]
     # A piece ends with its expert where each has its own importance.
-    ends = per_expert if importance is not None else len(rows)
-    for begin in range(0, len(rows), ends):
-        for start in range(begin, begin + ends, step):
-            piece = rows[start : min(start + step, begin + ends)]
-            if same is not None:
-                yield piece
-                continue
-            _check_range(piece, t, checkpoint.path)
-            yield quantize(piece, t.type, None if importance is None else importance[begin // per_expert])
+    together = 0 if importance is None else n // len(importance)
+
+    def convert(start, stop):
+        if same is not None:
+            piece = same[start:stop]
+            if t.type.name in FLOATS:
+                _check_finite(piece, t, source)
+            return (piece,)
+        piece = values[start:stop]
+        _check_range(piece, t, source)
+        return (quantize(piece, t.type, None if importance is None else importance[start // together], threads=1),)
+
+    form = f"{checkpoint.weights[name].dtype} as {t.type.name}"
+    if importance is not None:
+        form += f" weighed by {hashlib.sha256(importance.tobytes()).hexdigest()}"
+    place = Place("", offset, t.type.row_bytes(row))
+    return Job(t.tensor.gguf, name, source, (n, row), (place,), convert, form, together)
+
+
+def _check_finite(piece, t, file):
+    if not is_finite(np.ascontiguousarray(piece).view(STORED_AS[t.type.name]), t.type.name):
+        raise not_finite(t.tensor.hf, file)
 
 
 def _check_range(values, t, file):
     """ggml stops the whole process at what it cannot quantize, so this comes first."""
-    largest = float(np.abs(values).max(initial=0.0))  # NaN stays NaN
+    largest = float(np.maximum(values.max(initial=0.0), -values.min(initial=0.0)))  # NaN stays NaN
     if not np.isfinite(largest):
-        raise DgemmaError(
-            f"{file}: {t.tensor.hf} holds infinity or NaN, expected numbers; download the checkpoint again"
-        )
+        raise not_finite(t.tensor.hf, file)
     if largest > LARGEST and t.type.name not in ("F32", "BF16"):
         raise DgemmaError(
             f"{file}: {t.tensor.hf} holds {largest:g}, above the {LARGEST:g} that {t.type.name} can express; "

@@ -1,45 +1,69 @@
-"""Write the MLX folder: quantize, stream into shards, index, config.json. The only module here that uses MLX.
+"""What is written into an MLX folder: shards, index, config.json. The module here that quantizes with MLX.
 
-Shapes   a weight (…, row) is folded to (rows, row); pieces of whole rows are quantized and written one by one
+Shapes   a weight (…, row) is folded to (rows, row); rows become rows of words, scales and biases
 Source   mlx.core.quantize; folder layout of mlx-vlm 0.7.10, whose loader and ours read the result
-Differs  mlx-vlm builds the model and quantizes whole modules; here memory holds one piece of a tensor, whatever its
-         size. Groups lie inside a row, so the pieces give the same bytes.
+Differs  mlx-vlm builds the model and quantizes whole modules; here memory holds one piece of a tensor per thread.
+         Groups lie inside a row, so the pieces give the same bytes. It is done on the CPU also where there is a GPU:
+         every thread has a stream of its own, and the disk is the limit
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.config import released_spelling
-from mlx_dgemma.floats import TORCH_NAMES, cast
+from mlx_dgemma.floats import TORCH_NAMES, cast, is_finite
+from mlx_dgemma.quality import not_finite
 from mlx_dgemma.shards import INDEX
 
 from .checkpoint import Checkpoint
-from .plan import Plan, quantization_block
+from .plan import Plan, PlannedTensor, quantization_block
 from .recipes_mlx import Precision
-from .writer import ShardWriter
-
-PIECE = 1 << 24  # weights quantized at a time: 64 MB in float32
+from .work import Fixed, Job, Place, Work
+from .writer import safetensors_layout
 
 DTYPE_NAMES = {tag: name for name, tag in TORCH_NAMES.items()}
+# A stream keeps one core busy. MLX never ends the thread of one, so they are lent, not made anew for each conversion.
+_free_streams: list[mx.Stream] = []
 
 
-def write_folder(checkpoint: Checkpoint, plan: Plan, folder: Path, wrote: Callable[[str, int], None]) -> None:
-    """Fill `folder`. `wrote(name, nbytes)` is called after every piece."""
-    weight_map = {}
+def folder_work(checkpoint: Checkpoint, plan: Plan) -> Work:
+    """The conversion to a folder."""
+    sizes, fixed, jobs = {}, [], []
     for i, shard in enumerate(plan.shards):
         file = plan.shard_name(i)
-        arrays = [array for t in shard for array in t.arrays]
-        weight_map |= {array.name: file for array in arrays}
-        with ShardWriter(folder / file, arrays) as writer:
-            for t in shard:
-                for pieces in _pieces(checkpoint.weights.rows(t.source), t):
-                    for array, piece in zip(t.arrays, pieces, strict=True):
-                        writer.append(array.name, piece)
-                    wrote(t.tensor.mlx, sum(piece.nbytes for piece in pieces))
+        layout = safetensors_layout([array for t in shard for array in t.arrays])
+        sizes[file] = layout.size
+        fixed.append(Fixed(file, 0, layout.header))
+        jobs += [_job(checkpoint, t, file, layout.offsets) for t in shard]
+    jobs.sort(key=lambda job: checkpoint.weights[job.stored].start)
+    quantizer = f"mlx {mx.__version__}"
+    return Work(sizes, tuple(fixed), tuple(jobs), quantizer, lambda folder: _finish(checkpoint, plan, folder))
+
+
+def _job(checkpoint, t: PlannedTensor, file, offsets):
+    rows = checkpoint.weights.rows(t.source)
+    n, row = rows.shape
+
+    def convert(start, stop):
+        piece = rows[start:stop]
+        # The vision tower is carried as stored: a clipping bound of it may be infinite.
+        if t.tensor.role != "vision" and not is_finite(piece, t.stored):
+            raise not_finite(t.source, checkpoint.weights[t.source].file)
+        if t.precision.is_quantized:
+            return quantize(cast(piece, t.stored, t.kept), t.kept, t.precision)
+        return (cast(piece, t.stored, t.arrays[0].dtype),)
+
+    places = tuple(Place(file, offsets[array.name], array.nbytes // n) for array in t.arrays)
+    form = f"{t.stored} through {t.kept} as {t.precision}, {[array.dtype for array in t.arrays]}"
+    return Job(t.tensor.mlx, t.source, checkpoint.weights[t.source].file, (n, row), places, convert, form)
+
+
+def _finish(checkpoint, plan, folder):
+    """What is small: the index, config.json, and what is carried along."""
+    weight_map = {a.name: plan.shard_name(i) for i, shard in enumerate(plan.shards) for t in shard for a in t.arrays}
     index = {
         "metadata": {"total_size": plan.total_bytes, "total_parameters": plan.parameters},
         "weight_map": dict(sorted(weight_map.items())),
@@ -67,22 +91,27 @@ def output_config(checkpoint: Checkpoint, plan: Plan) -> dict:
 
 def quantize(rows: np.ndarray, dtype: str, precision: Precision) -> tuple[np.ndarray, ...]:
     """Rows stored as `dtype` → words, scales and (affine) biases, as numpy arrays of the planned dtypes."""
-    weights = mx.array(rows)
-    if dtype == "BF16":
-        weights = weights.view(mx.bfloat16)
-    parts = mx.quantize(weights, group_size=precision.group_size, bits=precision.bits, mode=precision.mode)
-    # numpy has no bfloat16: hand its bits over.
-    return tuple(np.array(p.view(mx.uint16) if p.dtype == mx.bfloat16 else p) for p in parts)
+    with _stream():
+        weights = mx.array(rows)
+        if dtype == "BF16":
+            weights = weights.view(mx.bfloat16)
+        parts = mx.quantize(weights, group_size=precision.group_size, bits=precision.bits, mode=precision.mode)
+        # numpy has no bfloat16: hand its bits over.
+        return tuple(np.array(p.view(mx.uint16) if p.dtype == mx.bfloat16 else p) for p in parts)
 
 
-def _pieces(rows, planned) -> Iterator[tuple[np.ndarray, ...]]:
-    step = max(1, PIECE // rows.shape[-1])
-    for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
-        if planned.precision.is_quantized:
-            yield quantize(cast(piece, planned.stored, planned.kept), planned.kept, planned.precision)
-        else:
-            yield (cast(piece, planned.stored, planned.arrays[0].dtype),)
+@contextlib.contextmanager
+def _stream():
+    """Inside, MLX computes on the CPU, on a stream that no other thread has."""
+    try:
+        stream = _free_streams.pop()
+    except IndexError:
+        stream = mx.new_thread_unsafe_stream(mx.cpu)
+    try:
+        with mx.stream(stream):
+            yield
+    finally:
+        _free_streams.append(stream)
 
 
 def _write_json(path, value):

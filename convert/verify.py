@@ -16,6 +16,7 @@ import safetensors
 from mlx_dgemma.config import parse_config, read_json
 from mlx_dgemma.floats import to_float32
 from mlx_dgemma.quality import RoleError, TensorError, check_source, failed, role_errors
+from mlx_dgemma.shards import stored_tensors
 from mlx_dgemma.tensors import check_coverage, check_shape, text_tensors
 
 from .checkpoint import Checkpoint, Weights
@@ -34,7 +35,7 @@ def verify_folder(checkpoint: Checkpoint, folder: Path, checked: Callable[[str, 
     block = raw.get("quantization", {})
     if raw.get("quantization_config", {}) != block:
         raise failed(f"{path}: quantization and quantization_config differ")
-    weights = Weights(folder)
+    weights = Weights(stored_tensors(folder))
     _open_with_safetensors(weights)
     pairs = [(t.role, checkpoint.names[t.hf], t.mlx) for t in text_tensors(config)]
     pairs += [("vision", name, name) for name in checkpoint.vision]

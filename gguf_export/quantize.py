@@ -29,8 +29,10 @@ def check_can_quantize(types: set[str], importance: bool) -> None:
         )
 
 
-def quantize(values: np.ndarray, type: Type, importance: np.ndarray | None = None) -> np.ndarray:
-    """One piece of a tensor; uses every core. Raises DgemmaError where ggml is needed and not installed."""
+def quantize(
+    values: np.ndarray, type: Type, importance: np.ndarray | None = None, threads: int | None = None
+) -> np.ndarray:
+    """One piece of a tensor, on every core or on `threads`. Raises DgemmaError where ggml is needed and missing."""
     values = np.ascontiguousarray(values, np.float32)
     if type.name in IGNORE_IMPORTANCE:
         importance = None
@@ -41,8 +43,9 @@ def quantize(values: np.ndarray, type: Type, importance: np.ndarray | None = Non
     out = np.empty((rows, type.row_bytes(row)), np.uint8)
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
     pointer = None if weights is None else weights.ctypes.data
-    threads = cores()
-    step = max(1, -(-rows // (4 * threads)))  # more pieces than threads, since some rows take longer
+    threads = threads or cores()
+    # More pieces than threads, since some rows take longer.
+    step = rows if threads == 1 else max(1, -(-rows // (4 * threads)))
 
     def work(first):
         n = min(step, rows - first)
@@ -51,11 +54,25 @@ def quantize(values: np.ndarray, type: Type, importance: np.ndarray | None = Non
             type.number, values.ctypes.data, out.ctypes.data, first * row, n, row, pointer
         )
 
-    with ThreadPoolExecutor(threads) as pool:
-        written = sum(pool.map(work, range(0, rows, step)))
+    if threads == 1:
+        written = work(0)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            written = sum(pool.map(work, range(0, rows, step)))
     if written != out.nbytes:
         raise AssertionError(f"ggml wrote {written} bytes of {type.name}, expected {out.nbytes}")
     return out
+
+
+def quantizer() -> str:
+    """Who quantizes here, as a text that changes with it: ggml's library or, where there is none, gguf-py."""
+    library = find_ggml()
+    if library is None:
+        from importlib.metadata import version
+
+        return f"gguf-py {version('gguf')}"
+    stat = library.file.stat()
+    return f"{library.file.name} of {stat.st_size} bytes, {stat.st_mtime_ns}"
 
 
 def _with_numpy(values, type):

@@ -12,13 +12,14 @@ from typing import Protocol
 
 import numpy as np
 
+from mlx_dgemma import shards
 from mlx_dgemma.config import ModelConfig, read_config
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.floats import Float32Rows
 from mlx_dgemma.gguf import rope
 from mlx_dgemma.gguf.model import GgufModel, open_gguf
 from mlx_dgemma.quality import RoleError, TensorError, check_source, failed, role_errors
-from mlx_dgemma.shards import FLOATS, rows, stored_tensors
+from mlx_dgemma.shards import FLOATS, stored_tensors
 from mlx_dgemma.tensors import Tensor, check_shape, text_tensors
 
 PIECE = 1 << 22  # weights compared at a time
@@ -81,7 +82,7 @@ def open_source(path: Path) -> Callable[[Tensor], Rows]:
         if name not in stored or stored[name].dtype not in FLOATS:
             raise DgemmaError(f"{path}: {name} is missing or quantized, expected the checkpoint that was converted")
         check_shape(name, stored[name].shape, t.shape, str(path))
-        return Float32Rows(rows(stored[name]), stored[name].dtype)
+        return Float32Rows(shards.Rows(stored[name]), stored[name].dtype)
 
     for t in text_tensors(config):
         source(t)

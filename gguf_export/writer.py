@@ -1,12 +1,15 @@
-"""A GGUF file, header first, then one tensor after the other in pieces.
+"""A GGUF file: its header, and where the data of each tensor goes.
 
-Shapes   a tensor arrives as pieces of rows, (rows, bytes of a row) uint8, in the order of the header
+Shapes   a tensor is rows, (rows, bytes of a row) uint8
 Source   gguf.GGUFWriter writes header, metadata and tensor table; the data and each tensor start on a multiple of 32
-Differs  the data is written here, piece by piece: GGUFWriter wants a whole tensor, and the 26B's largest has 2 GB
+Differs  the data is written by ours, in pieces: GGUFWriter wants a whole tensor, and the 26B's largest has 2 GB
 """
 
+import io
+import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,32 +17,52 @@ from mlx_dgemma.gguf.reader import ALIGNMENT, Value
 from mlx_dgemma.gguf.types import Type
 
 
-class GgufWriter:
-    """A context manager that checks at the end that every byte was written.
+class Layout(NamedTuple):
+    """A file that is known before its data."""
 
-    tensors: name, type, shape (slowest axis first), in the order of the data.
+    header: bytes  # everything before the data
+    offsets: dict[str, int]  # name → first byte of its data in the file
+    size: int  # bytes of the whole file
+
+
+def gguf_layout(metadata: dict[str, Value], tensors: list[tuple[str, Type, tuple[int, ...]]]) -> Layout:
+    """tensors: name, type, shape (slowest axis first), in the order of the data."""
+    import gguf
+
+    header = io.BytesIO()
+    writer = gguf.GGUFWriter(None, metadata["general.architecture"].value)
+    for key, (kind, value) in metadata.items():
+        if key != "general.architecture":  # GGUFWriter puts it first
+            _add(writer, key, kind, value)
+    sizes = {}
+    for name, type, shape in tensors:
+        sizes[name] = math.prod(shape[:-1]) * type.row_bytes(shape[-1])
+        number = gguf.GGMLQuantizationType(type.number)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), sizes[name], raw_dtype=number)
+    # As if it had opened a file of its own.
+    writer.fout, writer.state = [header], gguf.gguf_writer.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    end = _aligned(header.tell())
+    content = header.getvalue().ljust(end, b"\0")
+    offsets = {}
+    for name, nbytes in sizes.items():
+        offsets[name], end = end, _aligned(end + nbytes)
+    return Layout(content, offsets, end)
+
+
+class GgufWriter:
+    """A file written front to back; a context manager that checks at the end that every byte was written.
+
+    metadata, tensors: as `gguf_layout` takes them.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Value], tensors: list[tuple[str, Type, tuple[int, ...]]]):
-        import gguf
-
-        architecture = metadata["general.architecture"].value
-        self._writer = gguf.GGUFWriter(path, architecture)
-        for key, (kind, value) in metadata.items():
-            if key != "general.architecture":  # GGUFWriter puts it first
-                _add(self._writer, key, kind, value)
-        self._left = {}
-        for name, type, shape in tensors:
-            *lead, row = shape
-            nbytes = int(np.prod(lead, dtype=np.int64)) * type.row_bytes(row)
-            number = gguf.GGMLQuantizationType(type.number)
-            self._writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=number)
-            self._left[name] = nbytes
-        self._writer.write_header_to_file()
-        self._writer.write_kv_data_to_file()
-        self._writer.write_ti_data_to_file()
-        (self._file,) = self._writer.fout
-        self._pad()
+        self._layout = gguf_layout(metadata, tensors)
+        self._left = {name: math.prod(shape[:-1]) * type.row_bytes(shape[-1]) for name, type, shape in tensors}
+        self._file = Path(path).open("wb")  # noqa: SIM115 (closed by __exit__)
+        self._file.write(self._layout.header)
 
     def append(self, name: str, piece: np.ndarray) -> None:
         """The next rows of the next tensor."""
@@ -52,23 +75,22 @@ class GgufWriter:
         self._left[name] -= len(data)
         if not self._left[name]:
             del self._left[name]
-            self._pad()
+            self._file.write(bytes(-self._file.tell() % ALIGNMENT))
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        try:
+        with self._file:
             if kind is None:
                 if self._left:
                     raise AssertionError(f"tensors lack bytes: {self._left}")
                 self._file.flush()
                 os.fsync(self._file.fileno())
-        finally:
-            self._writer.close()
 
-    def _pad(self):
-        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+
+def _aligned(position):
+    return -(-position // ALIGNMENT) * ALIGNMENT
 
 
 def _add(writer, key, kind, value):

@@ -32,6 +32,14 @@ def cast(array: np.ndarray, source: str, target: str) -> np.ndarray:
     return array if source == target else from_float32(to_float32(array, source), target)
 
 
+def is_finite(array: np.ndarray, tag: str) -> bool:
+    """No number of an array stored as `tag` is infinity or NaN."""
+    if tag != "BF16":
+        return bool(np.isfinite(array).all())
+    magnitudes = array & np.uint16(0x7FFF)  # without the sign; infinity is 0x7F80, a NaN above
+    return int(magnitudes.max(initial=0)) < 0x7F80
+
+
 class Float32Rows:
     """Rows of a tensor stored as `tag`, converted to float32 when a slice is taken. (rows, row)"""
 

@@ -56,19 +56,19 @@ def model_folder(path_or_repo, files=MODEL_FILES) -> Path:
         raise DgemmaError(f"{name}: no such folder or file; {EXPECTED}")
     import huggingface_hub
 
-    return _fetch(name, lambda: Path(huggingface_hub.snapshot_download(name, allow_patterns=files)))
+    return from_hub(name, lambda: Path(huggingface_hub.snapshot_download(name, allow_patterns=files)))
 
 
 def _gguf_from_hub(repo, file) -> Path:
     import huggingface_hub
 
-    return _fetch(f"{repo}/{file}", lambda: Path(huggingface_hub.hf_hub_download(repo, file)))
+    return from_hub(f"{repo}/{file}", lambda: Path(huggingface_hub.hf_hub_download(repo, file)))
 
 
 def _gguf_names(repo) -> list[str]:
     import huggingface_hub
 
-    names = _fetch(repo, lambda: huggingface_hub.HfApi().list_repo_files(repo))
+    names = from_hub(repo, lambda: huggingface_hub.HfApi().list_repo_files(repo))
     return _models(name for name in names if name.endswith(".gguf"))
 
 
@@ -77,35 +77,54 @@ def _models(names) -> list[str]:
     return sorted(name for name in names if not Path(name).name.startswith("mmproj"))
 
 
-def _fetch(name: str, get: Callable):
-    """What `get` gets from the hub, with every failure as one error of the user's."""
+def from_hub(name: str, get: Callable, local: bool = True):
+    """What `get` gets from the hub, with every failure as one error of the user's.
+
+    local: a folder or a file of the hub's cache would have done instead.
+    """
     from huggingface_hub import errors
 
     try:
         return get()
+    except DgemmaError:
+        raise
     except errors.HFValidationError:
         raise DgemmaError(f"{name}: no such folder or file; {EXPECTED}") from None
     except errors.GatedRepoError:
         raise DgemmaError(f"{name}: the repo is gated; accept its terms on the hub, then run `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise DgemmaError(f"{name}: the hub no longer has the commit this began with; remove what it left") from None
     except errors.RepositoryNotFoundError:
         raise DgemmaError(f"{name}: neither a local folder nor a repo on the hub; check the name") from None
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):  # not in the cache, and the hub was not asked
-            raise _unreachable(name, error) from None
+            raise _unreachable(name, error, local) from None
         raise DgemmaError(f"{name}: the repo has no such file; check the name on the hub") from None
     except Exception as error:  # the HTTP library under the hub's client, and with it the errors, change with versions
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise DgemmaError(f"{name}: the disk is full; free some space, then start again") from None
-        raise _unreachable(name, error) from None
+        raise _unreachable(name, error, local) from None
 
 
-def _unreachable(name, error):
+def _unreachable(name, error, local):
     off = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    why = "the hub is switched off by HF_HUB_OFFLINE" if off else f"the hub cannot be reached ({kind(error)})"
+    why = "the hub is switched off by HF_HUB_OFFLINE" if off else _failure(error)
+    if not local:
+        mend = "unset HF_HUB_OFFLINE" if off else "connect"
+        return DgemmaError(f"{name}: {why}; {mend}, then try again")
     mend = "unset HF_HUB_OFFLINE" if off else "connect (HF_HUB_OFFLINE=1 looks in the cache only)"
     return DgemmaError(
         f"{name}: no such folder here, not in the local hub cache, and {why}; {mend}, or give a local folder or file"
     )
+
+
+def _failure(error):
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for cause in (error, error.__cause__):
+        if isinstance(cause, HfHubHTTPError):
+            return f"the hub answers with HTTP status {cause.response.status_code}"
+    return f"the hub cannot be reached ({kind(error)})"
 
 
 def kind(error: BaseException) -> str:

@@ -48,7 +48,11 @@ class TensorError:
 
 def check_source(values: np.ndarray, name: str, file) -> None:
     if not np.isfinite(values).all():
-        raise DgemmaError(f"{file}: {name} holds infinity or NaN, expected numbers; download the checkpoint again")
+        raise not_finite(name, file)
+
+
+def not_finite(name: str, file) -> DgemmaError:
+    return DgemmaError(f"{file}: {name} holds infinity or NaN, expected numbers; download the checkpoint again")
 
 
 def role_errors(by_role: dict[str, list[TensorError]]) -> list[RoleError]:

@@ -7,8 +7,9 @@ The loader, the converter and the verifiers start from these entries. Needs no M
 """
 
 import json
+import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -55,16 +56,41 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def rows(t: StoredTensor) -> np.ndarray:
-    """A view of one tensor, every axis but the last folded into one; BF16 as its bits, uint16. (rows, row)
+class Rows:
+    """One tensor, every axis but the last folded into one; a slice of rows is read when it is taken. (rows, row)
 
-    Each is mapped on its own, so that letting go of it gives its memory back.
+    BF16 comes as its bits, uint16. Slices are read into memory of their own, not mapped: what a program has mapped
+    counts as its memory, and a file that shrinks under a map ends the program.
     """
-    data = np.memmap(t.file, np.uint8, "r", offset=t.start, shape=t.nbytes) if t.nbytes else np.empty(0, np.uint8)
-    # A header need not leave the data on a multiple of the item size; a copy is aligned.
-    aligned = data if t.start % ITEM_BYTES[t.dtype] == 0 else data.copy()
-    row = t.shape[-1] if t.shape else 1  # a clipping bound of a vision tower has no axis
-    return aligned.view(STORED_AS[t.dtype]).reshape(-1, row)
+
+    def __init__(self, t: StoredTensor):
+        self.stored, self.dtype = t, STORED_AS[t.dtype]
+        row = t.shape[-1] if t.shape else 1  # a clipping bound of a vision tower has no axis
+        self.shape = (math.prod(t.shape) // max(row, 1), row)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Raises DgemmaError where the file cannot be read or has become too short."""
+        start, stop, _ = rows.indices(len(self))
+        out = np.empty((max(stop - start, 0), self.shape[1]), self.dtype)
+        read_into(memoryview(out).cast("B"), self.stored.file, self.stored.start + start * out.itemsize * self.shape[1])
+        return out
+
+
+def read_into(buffer: memoryview, file: Path, start: int) -> None:
+    """Fill `buffer` with a file's bytes from `start`. Raises DgemmaError."""
+    try:
+        with file.open("rb", buffering=0) as f:
+            f.seek(start)
+            while buffer:
+                n = f.readinto(buffer)
+                if not n:
+                    raise DgemmaError(f"{file}: ends before its last tensor does; {AGAIN}")
+                buffer = buffer[n:]
+    except OSError as error:
+        raise DgemmaError(f"{file}: cannot be read ({error.strerror or error}); check its disk and try again") from None
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -90,18 +116,23 @@ def shard_files(folder: Path) -> list[Path]:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """One file's tensors, each checked to lie inside the file, with the size its shape implies, none overlapping."""
     try:
-        size = file.stat().st_size
         with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
-                raise DgemmaError(f"{file}: its header should take {length} bytes of a {size}-byte file; {AGAIN}")
-            header = json.loads(f.read(length))
+            return parse_header(f, file.stat().st_size, file)
+    except OSError as error:
+        raise DgemmaError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def parse_header(f: BinaryIO, size: int, file: Path) -> dict[str, StoredTensor]:
+    """The same of a file that need not be here: `f` reads its beginning, `size` is its length. Raises OSError."""
+    try:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise DgemmaError(f"{file}: its header should take {length} bytes of a {size}-byte file; {AGAIN}")
+        header = json.loads(f.read(length))
         header.pop("__metadata__", None)
         entries = {name: _entry(file, 8 + length, raw) for name, raw in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DgemmaError(f"{file}: its header is not valid safetensors ({error}); {AGAIN}") from None
-    except OSError as error:
-        raise DgemmaError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if entry.start < end or entry.nbytes < 0:

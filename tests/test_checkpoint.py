@@ -14,7 +14,7 @@ from tests.tiny import from_bfloat16, make_tiny_checkpoint, tiny_weights, to_bfl
 
 def read_all(checkpoint):
     weights = checkpoint.weights
-    return {hf: to_float32(weights.rows(name), weights[name].dtype) for hf, name in checkpoint.names.items()}
+    return {hf: to_float32(weights.rows(name)[:], weights[name].dtype) for hf, name in checkpoint.names.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,4 +1,4 @@
-"""python -m convert: exit codes, one `error:` line, and nothing left behind."""
+"""python -m convert: exit codes, one `error:` line, and no OUT but a complete one."""
 
 import errno
 import json
@@ -12,8 +12,9 @@ import pytest
 import convert.__main__
 import convert.output
 import convert.to_mlx
-import convert.writer
+import convert.work
 from convert.cli import main
+from mlx_dgemma.errors import DgemmaError
 from tests.tiny import tiny_config, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -149,19 +150,23 @@ def test_too_little_space_is_known_before_the_start(error_line, monkeypatch):
     assert "1.00 kB (1000 bytes) are free; free some space or choose another disk" in line
 
 
-def test_disk_full_in_the_middle(error_line, monkeypatch, tmp_path):
-    write = convert.writer.ShardWriter._write
+def test_disk_full_in_the_middle(tiny, monkeypatch, tmp_path, capsys):
+    """What goes on from there is in test_resume.py."""
+    write, written = convert.work._File.write, []
 
     def full_after_300_kilobytes(self, position, data):
-        if position > 300_000:
-            assert (tmp_path / "out.partial").exists()
+        written.append(len(data))
+        if sum(written) > 300_000:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, position, data)
 
-    monkeypatch.setattr(convert.writer.ShardWriter, "_write", full_after_300_kilobytes)
-    line = error_line()
+    monkeypatch.setattr(convert.work._File, "write", full_after_300_kilobytes)
+    assert main([str(tiny), str(tmp_path / "out")]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "out: the disk is full, the conversion needs" in line
-    assert "bytes) are free; free some space" in line
+    assert "bytes) are free; free some space or choose another disk; " in line
+    assert f"of 143 tensors are kept in {tmp_path / 'out.partial'}; the same command goes on from there" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 def test_output_that_cannot_be_made(error_line, tmp_path):
@@ -178,20 +183,36 @@ def test_what_a_killed_run_left_is_replaced(tiny, tmp_path):
 
 
 def test_interrupt(tiny, tmp_path, monkeypatch, capsys):
-    quantize, calls = convert.to_mlx.quantize, []
+    """Before a tensor is complete nothing is kept; a later one is in test_resume.py."""
 
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 20:
-            raise KeyboardInterrupt
-        return quantize(*args)
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert.to_mlx, "quantize", interrupted)
+    monkeypatch.setattr(convert.work, "_do_piece", interrupted)
     monkeypatch.setattr(sys, "argv", ["convert", str(tiny), str(tmp_path / "out")])
     assert convert.__main__.main() == 130
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.endswith("interrupted; nothing was kept\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_going_on_is_said(tiny, tmp_path, monkeypatch, capsys):
+    quantize, calls = convert.to_mlx.quantize, []
+
+    def broken(*args):
+        calls.append(1)
+        if len(calls) == 20:
+            raise DgemmaError("broken")
+        return quantize(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.to_mlx, "quantize", broken)
+        assert main([str(tiny), str(tmp_path / "out")]) == 1
+    kept = capsys.readouterr().err.splitlines()[-1].split(" of 143 tensors")[0].split()[-1]
+    assert main([str(tiny), str(tmp_path / "out"), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert f"note: going on where an interrupted run stopped: {kept} tensors, " in printed.err
+    assert json.loads(printed.out)["tensors"] == 143
 
 
 @pytest.mark.parametrize("arguments", [[], ["src"], ["src", "out", "--to", "onnx"], ["src", "out", "--bits", "4"]])

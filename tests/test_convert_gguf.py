@@ -10,6 +10,7 @@ import pytest
 
 import convert.api
 import convert.to_gguf
+import convert.work
 from convert import convert as run
 from convert.checkpoint import open_checkpoint
 from convert.cli import main
@@ -53,7 +54,7 @@ def ggml_rows(values, name, importance=None):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_ggmls_bytes(wide, tmp_path, monkeypatch, recipe):
-    monkeypatch.setattr(convert.to_gguf, "PIECE", 10_000)  # pieces of a few rows, so that their joints are tested
+    monkeypatch.setattr(convert.work, "PIECE", 10_000)  # pieces of a few rows, so that their joints are tested
     report = run(wide, tmp_path / "x.gguf", to="gguf", recipe=recipe, verify=True)
     found, checkpoint = read_all(tmp_path / "x.gguf"), open_checkpoint(wide)
     assert len(found) == report.plan.tensor_count == 1 + len(report.plan.tensors)
@@ -254,7 +255,7 @@ def test_nothing_is_left_behind(tiny, tmp_path, error_line, monkeypatch):
     def broken(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert.to_gguf.GgufWriter, "append", broken)
+    monkeypatch.setattr(convert.work._File, "write", broken)
     assert "x.gguf: the disk is full" in error_line(tiny, tmp_path / "x.gguf", "--recipe", "Q8_0")
     assert list(tmp_path.iterdir()) == []
 

@@ -8,6 +8,7 @@ import pytest
 
 import convert.to_mlx
 import convert.verify
+import convert.work
 from convert import Planned, Worked
 from convert import convert as run
 from convert.checkpoint import open_checkpoint
@@ -51,7 +52,7 @@ def want_arrays(source, config, recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_equals_mlx_on_whole_tensors(tmp_path, monkeypatch, recipe, dtype):
     source = make_tiny_checkpoint(tmp_path / "source", dtype=dtype, shards=2)
-    monkeypatch.setattr(convert.to_mlx, "PIECE", 1000)  # pieces of a few rows, so that their joints are tested
+    monkeypatch.setattr(convert.work, "PIECE", 1000)  # pieces of a few rows, so that their joints are tested
     report = run(source, tmp_path / "out", recipe=recipe, verify=True)
     found = load(tmp_path / "out")
     want = want_arrays(load(source), parse_config(tiny_config()), recipe)
@@ -63,6 +64,13 @@ def test_every_recipe_equals_mlx_on_whole_tensors(tmp_path, monkeypatch, recipe,
         assert set(kept.values()) == {0.0}
     elif recipe != "bf16":
         assert kept["norm"] == kept["scalar"] == 0 < kept["expert"] < 0.2
+
+
+def test_a_process_that_converts_often_keeps_its_number_of_streams(tiny, tmp_path):
+    """MLX never ends a stream's thread."""
+    for i in range(3):
+        run(tiny, tmp_path / str(i), recipe="q4")
+    assert 0 < len(convert.to_mlx._free_streams) <= convert.work.cores() + convert.work.WAITING
 
 
 def test_the_plan_made_from_config_json_alone_is_what_gets_written(tiny, tmp_path):
