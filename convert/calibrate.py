@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma.config import GenerationConfig
@@ -111,6 +112,10 @@ def passages(examples: Iterable[Example], tokenizer: Tokenizer, canvas_length: i
         if example.messages:
             yield passage(tokenizer.chat(list(example.messages)), [*tokens, turn_end])
             continue
+        if len(tokens) < canvas_length:
+            raise DgemmaError(
+                f"the text has {len(tokens)} tokens, expected at least one canvas of {canvas_length}; give a longer one"
+            )
         for start in range(0, len(tokens), TEXT_BLOCKS * canvas_length):
             yield passage([bos], tokens[start : start + TEXT_BLOCKS * canvas_length])
 
@@ -172,7 +177,7 @@ class _Tap:
 def tapped(model: DiffusionGemma) -> Iterator[dict[Tensor, _Tap]]:
     """Every matrix of ROLES with a tap, until the block ends."""
     tensors = [t for t in text_tensors(model.config) if t.role in ROLES]
-    matrices = {t: _place(model, t) for t in tensors}
+    matrices = {t: place(model, t) for t in tensors}
     taps = {t: _Tap(parent[name], t.shape[0] if t.role == "expert" else 1) for t, (parent, name) in matrices.items()}
     try:
         for tensor, (parent, name) in matrices.items():
@@ -183,7 +188,7 @@ def tapped(model: DiffusionGemma) -> Iterator[dict[Tensor, _Tap]]:
             parent[name] = taps[tensor].matrix
 
 
-def _place(model, tensor):
+def place(model: DiffusionGemma, tensor: Tensor) -> tuple[nn.Module, str]:
     """The module that holds a tensor's matrix, and the matrix's name in it."""
     *path, name = tensor.mlx.removesuffix(".weight").split(".")
     return functools.reduce(lambda module, part: module[int(part) if part.isdigit() else part], path, model), name
@@ -250,7 +255,7 @@ def collect(
     """
     config, stream = model.config, NoiseStream(seed)
     found = list(itertools.islice(passages(examples, tokenizer, config.canvas_length), limit))
-    _check_context(found, config.max_position_embeddings)
+    check_context([len(p.prompt) + p.canvases.size for p in found], config.max_position_embeddings)
     with tapped(model) as taps:
         collector = _Collector(model, taps)
         for i, passage in enumerate(found):
@@ -265,9 +270,9 @@ def collect(
     return Imatrix(None, collector.entries(), (), collector.canvases, config.canvas_length)
 
 
-def _check_context(found, limit):
-    for i, passage in enumerate(found):
-        length = len(passage.prompt) + passage.canvases.size
+def check_context(lengths: Iterable[int], limit: int) -> None:
+    """Raises ContextError for the first example that is too long."""
+    for i, length in enumerate(lengths):
         if length > limit:
             raise ContextError(
                 f"example {i + 1} has {length} tokens, the model's context is {limit}; shorten or remove the example"

@@ -15,6 +15,7 @@ from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.floats import STORED_AS, TORCH_NAMES
 from mlx_dgemma.tensors import ROLES, Tensor, text_tensors, vision_tensors
 
+from .recipes import check_used
 from .recipes_mlx import FLOAT, Precision, Recipe, fallback
 
 SHARD_BYTES = 5_000_000_000
@@ -129,6 +130,7 @@ def make_plan(
     kept: Hugging Face name → dtype, where it is not the stored one.
     """
     kept = {hf: dtype for hf, (_, dtype) in stored.items()} | (kept or {})
+    check_used(recipe, text_tensors(config))
     tensors = tuple(_plan_tensor(t, recipe, *stored[t.hf], kept[t.hf]) for t in (*text_tensors(config), *vision))
     return Plan(recipe, tensors, _into_shards(tensors, shard_bytes), _notes(tensors))
 
@@ -181,10 +183,10 @@ def _settings(precision):
 def _plan_tensor(tensor, recipe, source, stored, kept):
     wanted = recipe.precision(tensor)
     precision = fallback(wanted, tensor.shape[-1]) if wanted.is_quantized else wanted
-    return PlannedTensor(tensor, source, stored, kept, precision, wanted, _arrays(tensor, precision, kept))
+    return PlannedTensor(tensor, source, stored, kept, precision, wanted, arrays_of(tensor, precision, kept))
 
 
-def _arrays(tensor, precision, kept):
+def arrays_of(tensor: Tensor, precision: Precision, kept: str) -> tuple[Array, ...]:
     """The file entries of one tensor. Affine scales and biases have the kept dtype, the other modes' are bytes."""
     if not precision.is_quantized:
         return (Array(tensor.mlx, precision.dtype if precision.mode == FLOAT else kept, tensor.shape),)

@@ -18,6 +18,7 @@ from mlx_dgemma.units import count
 
 from .imatrix import Imatrix
 from .plan import RoleSummary, by_role
+from .recipes import check_used
 from .recipes_gguf import GgufRecipe, Place, fallback
 
 
@@ -89,6 +90,7 @@ class GgufPlan:
 def make_gguf_plan(config: ModelConfig, recipe: GgufRecipe, imatrix: Imatrix | None = None) -> GgufPlan:
     """Some of llama-quantize's rules ask whether there is an importance matrix; it is checked against the model."""
     n_layers = config.num_hidden_layers
+    check_used(recipe, text_tensors(config))
     with_v = [layer.index for layer in config.layers if layer.has_v_proj]
     tensors = []
     for t in text_tensors(config):

@@ -55,16 +55,16 @@ class GgufRecipe(NamedTuple):
     summary: str
     base: str
     rules: tuple[Rule, ...] = ()
-    overrides: Mapping[str, str] = MappingProxyType({})  # role or GGUF tensor → type; before every rule
+    overrides: Mapping[str, str] = MappingProxyType({})  # by Tensor.recipe_keys; before every rule
 
     def type(self, tensor: Tensor, place: Place) -> Type:
         """What the recipe wants for a tensor, before `fallback` looks at its row."""
         if not is_quantizable(tensor):
             return TYPES["F32"]
-        name = tensor.gguf_part
-        for key in (name, tensor.role):
+        for key in tensor.recipe_keys:
             if key in self.overrides:
                 return TYPES[self.overrides[key]]
+        name = tensor.gguf_part
         for rule in self.rules:
             if name.startswith(rule.tensor) and WHEN[rule.when](place):
                 return TYPES[rule.type]

@@ -61,19 +61,19 @@ PRECISIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Role → precision. A rule that depends on the layer belongs in `precision`, next to `roles`."""
+    """Role → precision."""
 
     name: str
     summary: str
     roles: dict[str, Precision]
     rest: Precision = AS_STORED  # norms and scalars
-    overrides: dict[str, Precision] = dataclasses.field(default_factory=dict)  # role or GGUF tensor; before `roles`
+    overrides: dict[str, Precision] = dataclasses.field(default_factory=dict)  # by Tensor.recipe_keys; before `roles`
 
     def precision(self, tensor: Tensor) -> Precision:
         """What the recipe wants for a tensor, before `fallback` looks at its row."""
         if tensor.role == "vision":
             return AS_STORED
-        for key in (tensor.gguf_part, tensor.role):
+        for key in tensor.recipe_keys:
             if key in self.overrides:
                 return self.overrides[key]
         return self.roles.get(tensor.role, self.rest)

@@ -110,6 +110,12 @@ class Tensor(NamedTuple):
         """The GGUF name without layer and ".weight", as llama.cpp's users say it: "ffn_down_exps"."""
         return self.gguf.removesuffix(".weight").rsplit(".", 1)[-1]
 
+    @property
+    def recipe_keys(self) -> tuple[str, ...]:
+        """What a recipe may call it, the most particular first: blk.3.ffn_down_exps, blk.3.expert, ffn_down_exps, …"""
+        general = (self.gguf_part, self.role)
+        return general if self.layer is None else (*(f"blk.{self.layer}.{key}" for key in general), *general)
+
 
 @functools.lru_cache(maxsize=8)
 def text_tensors(config: ModelConfig) -> tuple[Tensor, ...]:

@@ -1,4 +1,6 @@
-"""Numbers for people."""
+"""Numbers for people, and from them."""
+
+import re
 
 
 def human_bytes(n: float) -> str:
@@ -12,3 +14,15 @@ def human_bytes(n: float) -> str:
 def count(n: int, noun: str) -> str:
     """1 step, 2 steps."""
     return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def parse_bytes(text: str) -> int:
+    """ "18GB", "16GiB", "500 MB" or plain gigabytes, "24" → bytes. Raises ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?)?(B?)\s*", text, re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f"{text!r} is no size, expected one as 18GB or 16GiB")
+    number, prefix, unit = found.groups()
+    if prefix is None:
+        return round(float(number) * (1 if unit else 1e9))
+    base = 1024 if prefix.lower().endswith("i") else 1000
+    return round(float(number) * base ** ("kmgt".index(prefix[0].lower()) + 1))

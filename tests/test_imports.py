@@ -15,7 +15,7 @@ MAY_IMPORT = {
 }
 # fmt: off
 WITHOUT_MLX = [
-    "config", "tensors", "noise", "errors", "shards", "hub", "tokenizer", "units",
+    "config", "tensors", "noise", "errors", "shards", "hub", "hub_files", "fits", "tokenizer", "units",
     "events", "schedule", "denoise", "in_play", "presets", "session", "view", "slots", "record", "files",
     "clamp", "layout", "infilling", "editing", "automaton", "language", "constrained", "structure", "json_schema",
     "decisions",
@@ -62,8 +62,9 @@ def uses_mlx(file):
     return any(module.split(".")[0] == "mlx" or module in needs for module in imported(file))
 
 
-def test_only_the_mlx_writer_and_the_calibration_use_mlx_in_convert():
-    assert {f.name for f in (ROOT / "convert").glob("*.py") if uses_mlx(f)} == {"to_mlx.py", "calibrate.py"}
+def test_only_the_mlx_writer_and_what_runs_the_model_use_mlx_in_convert():
+    using = {f.name for f in (ROOT / "convert").glob("*.py") if uses_mlx(f)}
+    assert using == {"to_mlx.py", "calibrate.py", "sensitivity.py"}
 
 
 def test_gguf_export_works_where_mlx_does_not_install():

@@ -1,0 +1,96 @@
+"""python -m convert sensitivity MODEL --data FILE --out FILE: what `--recipe auto` of `python -m convert` reads.
+
+The result goes to stdout, progress to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage, 130 interrupted;
+after anything but 0 nothing is left behind.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlx_dgemma.errors import DgemmaError
+
+from .auto import Sensitivity
+from .auto_recipe import SENSITIVITY, as_json, write_json
+from .imatrix_cli import EPILOG
+from .output import appears_when_done
+from .recipes_mlx import PRECISIONS
+
+CANVASES = 64
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    if args.canvases < 1:
+        _parser().error("--canvases must be at least 1")
+    began = time.monotonic()
+    try:
+        with appears_when_done(Path(args.out), 0, folder=False) as scratch:  # a wrong place is known before the work
+            sensitivity = measure_model(args.model, args.data, args.canvases, args.probe, args.seed)
+            write_json(as_json(sensitivity), scratch)
+    except DgemmaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    seconds = round(time.monotonic() - began, 3)
+    try:
+        if args.json:
+            print(json.dumps({"out": args.out, "seconds": seconds} | as_json(sensitivity)), flush=True)
+        else:
+            print(f"{_table(sensitivity)}\n{args.out}: {len(sensitivity.groups)} groups, {seconds:.1f} s", flush=True)
+    except BrokenPipeError:  # the reader went away, as in `… | head`; the file is complete
+        sys.stdout = None
+    return 0
+
+
+def measure_model(model: str, data: str, canvases: int = CANVASES, probe: str | None = None, seed: int = 0):
+    """The Sensitivity of a model on disk, with progress on stderr. Raises DgemmaError."""
+    from mlx_dgemma import load
+
+    from .calibrate import read_examples
+    from .sensitivity import PROBE, measure
+
+    examples = read_examples(data)  # before the weights, so that a wrong file costs nothing
+    loaded, tokenizer = load(model)
+    columns = TextColumn("sensitivity"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("sensitivity", total=None)
+
+        def draw(event):
+            progress.update(task, completed=event.done, total=event.total)
+
+        return measure(loaded, tokenizer, examples, probe or PROBE, seed=seed, limit=canvases, on_event=draw)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m convert sensitivity",
+        description="Measure what rounding each group of weights costs, in KL on denoising batches.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model folder, GGUF file or hub id: the one to quantize, or an 8-bit copy")
+    add("--data", required=True, metavar="FILE", help="examples, see below")
+    add("--out", default=SENSITIVITY, metavar="FILE", help=f"new file (default: {SENSITIVITY})")
+    add(
+        "--canvases", type=int, default=CANVASES, metavar="N", help=f"blocks of answers looked at (default: {CANVASES})"
+    )
+    add(
+        "--probe", choices=[p.name for p in PRECISIONS.values() if p.is_quantized], help="precision tried (default: q4)"
+    )
+    add("--seed", type=int, default=0, help="chooses the noise (default 0)")
+    add("--json", action="store_true", help="print the result as one JSON object")
+    return parser
+
+
+def _table(sensitivity: Sensitivity) -> str:
+    """The groups, the one that matters most first."""
+    groups = sorted(sensitivity.groups.items(), key=lambda item: -item[1].kl)
+    lines = [f"{'group':<26}{'KL, nats per slot':>20}{'standard error':>18}"]
+    lines += [f"{key:<26}{group.kl:>20.3e}{group.standard_error:>18.1e}" for key, group in groups]
+    return "\n".join(lines)
