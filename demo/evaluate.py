@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from demo.canvas_tasks import MAKERS as CANVAS_TASKS
 from demo.tasks import TASKS, check, held_out
 from mlx_dgemma.editing import NOISE
@@ -30,24 +32,29 @@ class Answer(NamedTuple):
     steps: int  # decoder passes over all blocks
     blocks: int
     tokens: int  # the stop token included
+    at_limit: int | None = None  # blocks that took all steps they may; None where an engine does not tell
+    loops: bool = False
 
 
 def transformers_engine(path, **settings):
-    import torch
     from transformers import AutoTokenizer
 
-    from demo.reference import load_transformers, transformers_with_stream
+    from demo.reference import load_transformers
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = load_transformers(path)
+    return transformers_answers(load_transformers(path), AutoTokenizer.from_pretrained(path), **settings)
+
+
+def transformers_answers(model, tokenizer, **settings):
+    import torch
+
+    from demo.reference import transformers_with_stream
+
     stops, canvas = set(model.generation_config.eos_token_id), model.config.canvas_length
 
     @torch.no_grad()
     def engine(prompts, rows, seed):
         chats = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
+            tokenizer.apply_chat_template(conversation(prompt), tokenize=False, add_generation_prompt=True)
             for prompt in prompts
         ]
         batch = tokenizer(chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
@@ -60,7 +67,9 @@ def transformers_engine(path, **settings):
             text = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
             used = len(tokens) if stop is None else stop + 1
             counted = sum(token != tokenizer.pad_token_id for token in tokens)  # what TPF was divided by
-            answers.append(Answer(text, round(counted / tpf), math.ceil(used / canvas), used))
+            answers.append(
+                Answer(text, round(counted / tpf), math.ceil(used / canvas), used, loops=loops(tokens[:stop]))
+            )
         return answers
 
     return engine
@@ -111,21 +120,46 @@ def session_engine(session, config):
 
     def engine(prompts, rows, seed):
         steps = []  # per block, per row
-        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        for event in session.stream(conversations, config, seed, rows=rows):
+        for event in session.stream([conversation(prompt) for prompt in prompts], config, seed, rows=rows):
             match event:
                 case BlockDone():
                     steps.append(event.steps.tolist())
                 case Done():
                     done = event
         return [
-            Answer(text, sum(row), sum(n > 0 for n in row), len(tokens) + stopped)
+            Answer(
+                text, sum(row), sum(n > 0 for n in row), len(tokens) + stopped,
+                sum(n >= config.max_denoising_steps for n in row), loops(tokens),
+            )
             for text, tokens, stopped, row in zip(
                 done.texts, done.tokens, done.stopped, zip(*steps, strict=True), strict=True
             )
-        ]
+        ]  # fmt: skip
 
     return engine
+
+
+def conversation(prompt):
+    """A text is the user's turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+LOOP_TIMES, LOOP_TOKENS = 4, 32
+
+
+def loops(tokens) -> bool:
+    """Does some passage stand LOOP_TIMES in a row at least, over LOOP_TOKENS or more?
+
+    An 8-gram said four times, a word said 32 times, a paragraph said four times.
+    """
+    tokens = np.asarray(tokens)
+    for period in range(1, len(tokens) // LOOP_TIMES + 1):
+        again = np.concatenate([[0], tokens[period:] == tokens[:-period], [0]])
+        ends = np.flatnonzero(np.diff(again))  # where runs of equal tokens begin and end, in turn
+        longest = int((ends[1::2] - ends[::2]).max(initial=0))
+        if longest + period >= max(LOOP_TOKENS, LOOP_TIMES * period):
+            return True
+    return False
 
 
 ENGINES = {"transformers": transformers_engine, "mlx": mlx_engine, "ggml": ggml_engine}
@@ -161,7 +195,7 @@ def evaluate(engine, task, n=300, seed=0, batch=50, show_failures=0, against=Non
     right, (low, high) = sum(verdicts), wilson(sum(verdicts), n)
     steps, blocks, tokens = (sum(getattr(a, field) for a in answers) for field in ("steps", "blocks", "tokens"))
     several = [right for right, answer in zip(verdicts, answers, strict=True) if answer.blocks > 1]
-    same = {"same": sum(a == b for a, b in zip(answers, others, strict=True))} if against else {}
+    same = {"same": sum(a[:4] == b[:4] for a, b in zip(answers, others, strict=True))} if against else {}
     return same | {
         "task": task, "n": n, "right": right, "rate": right / n, "low": low, "high": high,
         "steps_per_block": steps / blocks, "tpf": tokens / steps,
@@ -180,7 +214,10 @@ def main(arguments=None):
     parser.add_argument("--self-conditioning", choices=("top-k", "exact"), help="ggml: see `python -m gguf_export run`")
     parser.add_argument("--against", metavar="MODEL", help="also answer with this one on MLX; count the same answers")
     parser.add_argument(
-        "--task", choices=(*TASKS, *CANVAS_TASKS), action="append", help="may be repeated; default: all"
+        "--task",
+        choices=tuple(dict.fromkeys((*TASKS, *CANVAS_TASKS))),
+        action="append",
+        help="may be repeated; default: all",
     )
     parser.add_argument("--mode", choices=MODES, help="tasks with known parts: how the model is given them")
     parser.add_argument("--search", action="store_true", help="infill: find the hole's length too")
