@@ -8,7 +8,16 @@ import argparse
 import json
 from pathlib import Path
 
-from mlx_dgemma.cli import Loaded, add_options, check_options, generate, guarded, settings_of
+from mlx_dgemma.cli import (
+    Loaded,
+    add_memory_option,
+    add_options,
+    check_options,
+    generate,
+    guarded,
+    print_note,
+    settings_of,
+)
 from mlx_dgemma.cli_edit import add_edit_options
 from mlx_dgemma.cli_edit import run as edit
 from mlx_dgemma.config import GenerationConfig
@@ -145,7 +154,7 @@ def _add_edit(commands):
     )
     add_edit_options(parser)
     add_runner_options(parser)
-    parser.set_defaults(run=lambda options: edit(options, lambda: _load(options)), chat=False)
+    parser.set_defaults(run=lambda options: edit(options, lambda context: _load(options, context)), chat=False)
 
 
 def add_runner_options(parser):
@@ -156,6 +165,7 @@ def add_runner_options(parser):
     add("-t", "--threads", type=int, metavar="N", help="CPU threads (default: one per core; fewer on a busy machine)")
     add("--description", metavar="FILE", help="a graph description (default: made from the model)")
     add_graph_options(parser)
+    add_memory_option(parser)
 
 
 GRAPH_OPTIONS = ("attention", "self_conditioning", "form", "cache_type")
@@ -179,8 +189,8 @@ def _graph_options(options):
     return {name: getattr(options, name) for name in GRAPH_OPTIONS}
 
 
-def open_runner(options):
-    """The Runner that these options ask for. Raises DgemmaError."""
+def open_runner(options, context=None):
+    """The Runner that these options ask for. context: tokens that it will hold. Raises DgemmaError."""
     from .description import read_description
     from .runner import Runner
 
@@ -191,6 +201,9 @@ def open_runner(options):
         n_gpu_layers=options.n_gpu_layers,
         threads=options.threads,
         description=read_description(options.description) if options.description else None,
+        context=context,
+        allow_overcommit=options.allow_overcommit,
+        on_note=print_note,
     )
 
 
@@ -199,13 +212,13 @@ def _run(options):
 
     options.check(options)
     check_settings(settings_of(GenerationConfig(), options))  # before a model is read
-    return generate(options, lambda: _load(options))
+    return generate(options, lambda context: _load(options, context))
 
 
-def _load(options) -> Loaded:
+def _load(options, context) -> Loaded:
     from .engine import make_session
 
-    runner = open_runner(options)
+    runner = open_runner(options, context)
     tokenizer = runner.tokenizer()
     session = make_session(runner, tokenizer, keep_prefix=options.chat)
     what = f"{human_bytes(runner.memory().weights)} on {runner.executor.device.name}"

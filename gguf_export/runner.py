@@ -7,34 +7,36 @@ Differs  a prefix has room for a number of tokens and grows when that is used up
 Knows no ggml: an executor computes graphs. executor.py's does it on ggml's devices, numpy_executor.py's in numpy.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from mlx_dgemma.config import GenerationConfig, ModelConfig
 from mlx_dgemma.errors import ContextError, DgemmaError
+from mlx_dgemma.fits import PREFILL_CHUNK, Context, enforce, tokens_of
 from mlx_dgemma.gguf.model import open_gguf
 from mlx_dgemma.hub import model_path
+from mlx_dgemma.tensors import text_tensors
 from mlx_dgemma.tokenizer import Tokenizer
 from mlx_dgemma.units import count
 
 from .choices import chosen_options
 from .description import Graph, Leaf, Shape, chain, rounded
-from .description_form import NEXT, check_form
+from .description_form import check_form
 from .devices import check_version, choose, open_ggml
 from .executor import Executor
 from .expansion import expand
+from .forecast import RUN, plan_of, slots_of_sliding, stored_leaves
 from .graph import describe_model
 from .graph_check import check_belongs, stored_specs
 from .host_inputs import layer_inputs
-from .memory import Memory, check_fits
+from .memory import Memory, Split, refusal_of
 from .quantize import cores
 
-RUN = ("prefill", "denoise+sample")  # the graphs; commit is prefill
 KEPT_PREFIXES = 3  # of different numbers of rows: a search for a hole's length goes back and forth between two
 KEPT_GRAPHS = 32  # expanded, not compiled: one takes milliseconds to make and a megabyte to keep
 MAX_THREADS = 512  # GGML_MAX_N_THREADS; more end the process
-PREFILL_CHUNK = 512  # prompt tokens encoded at once: bounds the memory of attention scores
 
 
 class Prefix:
@@ -110,6 +112,8 @@ class Runner:
     operations that suit the device (default). cache_type: "f16" or "f32", by default f32 for a file of f32.
     n_gpu_layers: layers on the device, the last ones; the CPU has the others.
     description: one that was read with `read_description`; made from the file by default.
+    context: tokens of prompt and answer that memory must have room for, or what says how many; by default one canvas.
+    allow_overcommit: go on where that does not fit, and say so to on_note.
     Raises DgemmaError for a file that is not the whole model, a description of another, an unknown device, too little
     memory.
     """
@@ -126,6 +130,9 @@ class Runner:
         n_gpu_layers: int | None = None,
         threads: int | None = None,
         description: dict | None = None,
+        context: Context = None,
+        allow_overcommit: bool = False,
+        on_note: Callable[[str], None] = lambda note: None,
         executor=None,
     ):
         path = model_path(gguf_path, files=["config.json"])
@@ -155,21 +162,26 @@ class Runner:
             cache_type=cache_type,
         )
         self.stored = stored_specs(self.model.file)
-        self.slots_sliding = rounded(self.config.sliding_window - 1 + max(self.config.canvas_length, PREFILL_CHUNK))
+        self.slots_sliding = slots_of_sliding(self.config)
+        self._tokenizer: Tokenizer | None = None
+        self.allow_overcommit = allow_overcommit
+        # What a run is known to need is set aside at once: a prefix that grows holds both lengths for a moment.
+        self._room = 0 if context is None else tokens_of(context, self.tokenizer(), self.config, self.generation_config)
         self._graphs: dict[tuple, Graph] = {}
         self._spares: dict[int, Prefix] = {}  # rows → a prefix that nobody reads, the newest last
         self._needs: dict[tuple[int, int], list[int]] = {}  # (rows, room) → bytes on each device
         weights = self._weights()  # before anything is allocated: a wrong description ends here
         if executor is None:
             check_version(self.description, library)
-            graphs = [self.graph(phase, self._one_chunk()) for phase in RUN]
-            check_fits(weights, graphs, chosen, self.config.num_hidden_layers, n_gpu_layers)
+            enforce(self._refusal(library, chosen, n_gpu_layers), allow_overcommit, on_note)
             executor = Executor(library, self.model, chosen, n_gpu_layers, threads or cores())
         self.executor = executor
         self.executor.load(weights)
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self.model.file, self.config)
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.from_gguf(self.model.file, self.config)
+        return self._tokenizer
 
     def make_engine(self):
         """What a session drives: `mlx_dgemma.generate` takes a runner where it takes a model."""
@@ -179,7 +191,8 @@ class Runner:
 
     def make_cache(self, rows: int = 1, room: int | None = None) -> Prefix:
         """An empty prefix for `rows` rows. room: tokens it can hold before it must grow."""
-        room, spare = rounded(room or self.config.canvas_length), self._spares.get(rows)
+        room = max(room or self.config.canvas_length, self._room if rows == 1 else 0)
+        room, spare = rounded(room), self._spares.get(rows)
         if spare is not None and room <= spare.room <= 2 * room:
             del self._spares[rows]
             spare.clear()
@@ -310,12 +323,24 @@ class Runner:
 
     def check_room(self, rows: int, room: int) -> None:
         """Raises DgemmaError where a prefix with this much room, and the graphs over it, would not fit."""
+        if self.allow_overcommit:
+            return
         if (rows, room) not in self._needs:
             C, T = self.config.canvas_length, min(PREFILL_CHUNK, room)
             shapes = [Shape(rows, n, room - n, self.slots_sliding, room) for n in (T, C)]
             graphs = [self.graph(phase, shape) for phase, shape in zip(RUN, shapes, strict=True)]
             self._needs[rows, room] = self.executor.needs(graphs)
         self.executor.check_fits(self._needs[rows, room], f"{count(rows, 'row')} of up to {room} tokens")
+
+    def _refusal(self, library, device, on_device):
+        """Why weights, prefix and a step do not fit, in words; None where they do."""
+        tokens, parameters = max(self._room, self.config.canvas_length), sum(t.size for t in text_tensors(self.config))
+
+        def plan_for(n):
+            return plan_of(self.graph, self.config, n, library)
+
+        Split.of(self.config.num_hidden_layers, on_device)
+        return refusal_of(plan_for, tokens, device, on_device, parameters, self.config.canvas_length)
 
     def persistent(self, shape: Shape) -> list[Leaf]:
         """What a batch of this shape keeps between graphs."""
@@ -329,12 +354,7 @@ class Runner:
 
     def _stored(self, shape):
         """What the graphs read and no host fills in: one leaf for each name."""
-        found = {}
-        for phase in RUN:
-            for name, leaf in self.graph(phase, shape).leaves.items():
-                if leaf.kind != "input" and found.setdefault(name, leaf) != leaf:
-                    raise DgemmaError(f"description: {name} differs between phases, expected one tensor; {NEXT}")
-        return found.values()
+        return stored_leaves(self.graph(phase, shape) for phase in RUN)
 
     def _believe(self, shares, cache):
         """Store what a step that found these shares would have stored. (B, C, V)"""
@@ -343,7 +363,7 @@ class Runner:
             cache.state.write("sc_shares", shares)
             return
         X = self.description["dims"]["X"]
-        top = np.argsort(-shares, axis=-1, kind="stable")[:, :X]
+        top = np.argpartition(-shares, X - 1, axis=-1)[:, :X]  # sorting all of a large vocabulary takes seconds
         cache.state.write("sc_tokens", top)
         cache.state.write("sc_weights", np.take_along_axis(shares, top, axis=-1))
 

@@ -87,27 +87,37 @@ def compile_regex(regex: str) -> Automaton:
 
 
 def without_outer_anchors(regex: str) -> str:
-    """`^` in front and `$` behind say nothing more. Raises DgemmaError for assertions elsewhere, and a loose )."""
+    """`^` in front and `$` behind say nothing more. Raises DgemmaError for assertions elsewhere, and a loose ( or )."""
     regex = regex.removeprefix("^")
     if re.search(r"(?<!\\)(?:\\\\)*\$$", regex):
         regex = regex[:-1]
-    depth = groups = 0  # depth of character classes, which nest in this syntax
+    classes, groups = [], []  # where open ones begin; classes nest in this syntax
     for match in re.finditer(r"\\.|\[\^?\]?|\]|[\^$()]", regex, re.DOTALL):
         found = match[0]
         if found[0] == "[":
-            depth += 1
+            classes.append(match.start() + 1)
         elif found == "]":
-            depth = max(0, depth - 1)
-        elif depth == 0 and found in ("(", ")"):
-            groups += 1 if found == "(" else -1
-            if groups < 0:  # the group that this text is put into must not end early
+            del classes[-1:]
+        elif not classes and found in ("(", ")"):
+            if found == "(":
+                groups.append(match.start() + 1)
+            elif not groups:  # the group that this text is put into must not end early
                 raise DgemmaError(
-                    f"the regex has a ) without ( at character {match.start() + 1}, expected pairs of them"
+                    f"the regex has a ) without ( at character {match.start() + 1}, expected pairs of them; "
+                    r"write \) for the character"
                 )
-        elif depth == 0 and found in ("^", "$", r"\b", r"\B", r"\A", r"\z", r"\Z", r"\<", r"\>"):
+            else:
+                groups.pop()
+        elif not classes and found in ("^", "$", r"\b", r"\B", r"\A", r"\z", r"\Z", r"\<", r"\>"):
             raise DgemmaError(
                 f"the regex holds the assertion {found} at character {match.start() + 1}, expected none inside:"
                 " the whole text has to match anyway; leave it out"
+            )
+    for begin, end, opened in (("[", "]", classes), ("(", ")", groups)):
+        if opened:
+            raise DgemmaError(
+                f"the regex has a {begin} without {end} at character {opened[-1]}, expected pairs of them; "
+                rf"write \{begin} for the character"
             )
     return regex
 

@@ -52,16 +52,6 @@ class PrefixCache:
         """Bytes that the stored keys and values stand for."""
         return sum(c.keys.nbytes + c.values.nbytes for c in self.layers if c.keys is not None)
 
-    @staticmethod
-    def planned(config: ModelConfig, rows: int, tokens: int, bytes_per_number: int) -> int:
-        """Bytes of a prefix of this length, and of the longest layer once more: a step joins it with the canvas."""
-        kept = [
-            2 * layer.num_key_value_heads * layer.head_dim
-            * (min(tokens, config.sliding_window - 1) if layer.is_sliding else tokens)
-            for layer in config.layers
-        ]  # fmt: skip
-        return rows * bytes_per_number * (sum(kept) + max(kept))
-
     @property
     def arrays(self) -> list[mx.array]:
         return [array for c in self.layers if c.keys is not None for array in (c.keys, c.values)]

@@ -17,11 +17,21 @@ from typing import NamedTuple
 
 from .automaton import compile_regex
 from .chat import chat
-from .cli_infill import add_infill_options, check_infill_options, infill, is_quiet, read_parts, recorded
+from .cli_infill import (
+    add_infill_options,
+    check_infill_options,
+    context_of_text,
+    infill,
+    is_quiet,
+    read_parts,
+    recorded,
+)
 from .config import GenerationConfig
+from .denoise import canvas_lengths
 from .errors import DgemmaError
 from .events import Done
 from .files import check_writable
+from .fits import Context
 from .presets import with_preset
 from .session import Session
 from .structure import compile, json_schema, only_choices, template
@@ -97,6 +107,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="activations (default: bfloat16 on a GPU, else float32)",
     )
+    add_memory_option(parser)
+
+
+def add_memory_option(parser: argparse.ArgumentParser) -> None:
+    """What loading on every engine takes."""
+    parser.add_argument(
+        "--allow-overcommit",
+        action="store_true",
+        help="go on where weights, keys and values and a step do not fit the device's memory",
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -164,23 +184,31 @@ class Loaded(NamedTuple):
 def run(options) -> int:
     if options.image:
         raise DgemmaError(f"--image {options.image}: image input is not supported yet; give text only")
-    return generate(options, lambda: load_mlx(options))
+    return generate(options, lambda context: load_mlx(options, context))
 
 
-def load_mlx(options) -> Loaded:
+def load_mlx(options, context: Context) -> Loaded:
+    """context: tokens that the run will hold."""
     import mlx.core as mx
 
     from .api import make_session
     from .loading import load
 
     dtype = getattr(mx, options.dtype) if options.dtype else None
-    model, tokenizer = load(options.model, dtype, on_note=lambda note: print(f"note: {note}", file=sys.stderr))
+    model, tokenizer = load(
+        options.model, dtype, on_note=print_note, context=context, allow_overcommit=options.allow_overcommit
+    )
     session = make_session(model, tokenizer, keep_prefix=options.chat)
     return Loaded(tokenizer, model.generation_config, session, human_bytes(mx.get_active_memory()))
 
 
-def generate(options, load: Callable[[], Loaded]) -> int:
-    """Answer what the options ask for; returns the exit code. `load` is called once they are known to be right."""
+def print_note(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
+
+
+def generate(options, load: Callable[[Context], Loaded]) -> int:
+    """Answer what the options ask for; returns the exit code. `load` is called once they are known to be right, with
+    what says how many tokens the run will hold."""
     began = time.perf_counter()
     # Settings are checked before the weights are read, so that a wrong one costs nothing.
     settings_of(GenerationConfig(), options)
@@ -193,13 +221,22 @@ def generate(options, load: Callable[[], Loaded]) -> int:
     prompt = read_prompt() if options.prompt == "-" else options.prompt
     if prompt is not None:
         check_prompt("user", prompt)
-    tokenizer, generation, session, what = load()
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    turns = [*messages, {"role": "user", "content": prompt}] if prompt and prompt.strip() else []
+
+    def context(tokenizer, config, generation):
+        if parts:
+            return context_of_text(parts, prompt, tokenizer)
+        asked = len(tokenizer.chat(turns, options.thinking)) if turns else 0
+        settings = settings_of(generation, options)
+        return asked + sum(canvas_lengths(settings, config.canvas_length)) * (not decides)
+
+    tokenizer, generation, session, what = load(context)
     settings = settings_of(generation, options)
     if not is_quiet(options):
         print(f"loaded {what} in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     if parts:
         return infill(session, parts, prompt, settings, options)
-    messages = [{"role": "system", "content": options.system}] if options.system else []
     if options.chat:
         return chat(lambda turns: answer(session, tokenizer, settings, options, turns), messages, prompt)
     messages.append({"role": "user", "content": prompt})

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cli import OPTIONS, Loaded, add_model_options, guarded, load_mlx, settings_of
-from .cli_infill import check_record, recorded, write_exactly
+from .cli_infill import SearchStatus, check_record, recorded, remark, shown_doubt, write_exactly
 from .config import GenerationConfig
 from .editing import NOISE, Edited, cut, diff, edit
 from .errors import DgemmaError
 from .events import BlockDone, Done, StepDone
 from .files import check_writable, read_text, replace_text
+from .fits import Context
 from .tokenizer import check_prompt
 from .view import View
 
@@ -27,7 +28,7 @@ from .view import View
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code. Ctrl-C passes through."""
     options = _parser().parse_args(argv)
-    return guarded(lambda: run(options, lambda: load_mlx(options)))
+    return guarded(lambda: run(options, lambda context: load_mlx(options, context)))
 
 
 def _parser():
@@ -66,7 +67,7 @@ def add_edit_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(chat=False, **dict.fromkeys({*OPTIONS.values()} - {"steps"}))
 
 
-def run(options, load: Callable[[], Loaded]) -> int:
+def run(options, load: Callable[[Context], Loaded]) -> int:
     """Everything that can be wrong is found before `load` reads a model."""
     if not options.instruction.strip():
         raise DgemmaError('--instruction is empty, expected what to change, such as -i "Fix the bug"')
@@ -82,19 +83,22 @@ def run(options, load: Callable[[], Loaded]) -> int:
     cut(before, ranges)
     for path in [options.file] * options.write + [options.record] * (options.record is not None):
         check_writable(path)
-    tokenizer, generation, session, _ = load()
+    tokenizer, generation, session, _ = load(lambda tokenizer, *_: len(tokenizer.encode(options.instruction + before)))
     settings = settings_of(generation, options)
     quiet = options.json or options.text
     events = edit(session, before, options.instruction, settings, lines=ranges, seed=options.seed, noise=options.noise)
     with contextlib.ExitStack() as screen:
-        view = None
+        view, status = None, screen.enter_context(SearchStatus(quiet))
         for event in recorded(events, options, tokenizer, settings, options.instruction):
+            status.draw(event)
             view = view or screen.enter_context(View(tokenizer, settings, quiet=quiet, writes=False))
             if isinstance(event, StepDone | BlockDone | Done):
                 view.draw(event)
             if isinstance(event, Done):  # the next canvas is another text
                 last, view = view, None
     if not quiet:
+        for filled in event.canvases:
+            remark(last, filled)
         last.final_line(event.stats, options.seed)
     return show(event, before, options)
 
@@ -104,7 +108,8 @@ def show(edited: Edited, before: str, options) -> int:
     changes = diff(before, edited.text, shown_name(options.file))
     if options.json:
         stats = [dataclasses.asdict(x.done.stats) for x in edited.canvases]
-        found = {"text": edited.text, "diff": changes, "steps": edited.stats.steps, "stats": stats}
+        doubts = [shown_doubt(x) for x in edited.canvases]
+        found = {"text": edited.text, "diff": changes, "steps": edited.stats.steps, "doubts": doubts, "stats": stats}
         write_exactly(json.dumps(found | {"seed": options.seed}, ensure_ascii=False) + "\n")
     elif options.text:
         write_exactly(edited.text)

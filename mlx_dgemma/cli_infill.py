@@ -12,10 +12,12 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+from rich.console import Console
+
 from .errors import DgemmaError
 from .events import BlockDone, Done, StepDone
 from .files import read_text, same_file
-from .infilling import LENGTHS, Filled, fill, parse
+from .infilling import DOUBT, GUESS, INFILL_PROMPT, LENGTHS, SEARCH_STEPS, Filled, Searched, fill, parse
 from .layout import Hole
 from .record import Recorder
 from .units import count
@@ -81,6 +83,13 @@ def check_record(record: str | None, files: list[str]) -> None:
             raise DgemmaError(f"--record {record}: is the text itself, expected a page's name; choose another name")
 
 
+def context_of_text(parts: list, prompt: str | None, tokenizer) -> int:
+    """About how many tokens the text, what is asked of it and its holes take."""
+    texts = [part for part in parts if isinstance(part, str)]
+    holes = sum(part.length or GUESS for part in parts if isinstance(part, Hole))
+    return len(tokenizer.encode("".join([prompt or INFILL_PROMPT, *texts]))) + holes
+
+
 def is_quiet(options) -> bool:
     """Whether stderr stays empty: an editor that filters a text through a command may read both streams."""
     return options.json or options.infill == "-"
@@ -89,23 +98,66 @@ def is_quiet(options) -> bool:
 def infill(session, parts, prompt, settings, options) -> int:
     """Fill the holes and print; returns the exit code."""
     lengths = read_lengths(options.lengths)
+    if options.lengths is not None and lengths[0] > session.canvas_length:
+        raise DgemmaError(
+            f"--lengths is {options.lengths}, the canvas has {count(session.canvas_length, 'token')}; give fewer"
+        )
     searches = any(isinstance(part, Hole) and part.length is None for part in parts)
     quiet = is_quiet(options)
     if searches and not quiet:
         print(f"trying {count(len(lengths), 'length')} for each hole without one", file=sys.stderr)
     events = fill(session, parts, settings, prompt=prompt, seed=options.seed, lengths=lengths)
     shown = "".join("…" if isinstance(part, Hole) else part for part in parts)
-    with View(session.tokenizer, settings, quiet=quiet, writes=False) as view:
+    with View(session.tokenizer, settings, quiet=quiet, writes=False) as view, SearchStatus(quiet) as status:
         for event in recorded(events, options, session.tokenizer, settings, shown):
-            if not isinstance(event, Filled):
+            status.draw(event)
+            if not isinstance(event, Filled | Searched):
                 view.draw(event)
         if not quiet:
+            remark(view, event)
             view.final_line(event.done.stats, options.seed)
     if options.json:
         write_exactly(json.dumps(report(event, options), ensure_ascii=False) + "\n")
     else:
         write_exactly(event.text if options.infill is not None else event.holes[0])
     return 0
+
+
+class SearchStatus:
+    """On a terminal, one line that says how far the search for a length is."""
+
+    def __init__(self, quiet: bool):
+        self._quiet, self._status = quiet, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stop()
+
+    def draw(self, event) -> None:
+        """Any event: what is no step of a search ends the line."""
+        if not isinstance(event, Searched):
+            self._stop()
+        elif not self._quiet:
+            if self._status is None:
+                self._status = Console(stderr=True).status("")
+                self._status.start()
+            text = f"hole {event.hole + 1}: {count(event.lengths, 'length')}, step {event.step + 1} of {SEARCH_STEPS}"
+            self._status.update(text)
+
+    def _stop(self):
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def remark(view: View, filled: Filled) -> None:
+    """What the search cost, and whether the model stands by what it wrote."""
+    if filled.search_steps:
+        view.note(f"compared lengths in {count(filled.search_steps, 'step')}, {filled.search_seconds:.2f} s")
+    if filled.doubt is not None and filled.doubt >= DOUBT:
+        view.note(f"the model doubts the result ({filled.doubt:.1f} nats): look at it twice")
 
 
 def write_exactly(text: str, stream: TextIO | None = None) -> None:
@@ -141,12 +193,18 @@ def recorded(events, options, tokenizer, settings, prompt) -> Iterator:
         for event in events:
             if is_done and isinstance(event, StepDone | BlockDone):
                 recorder = Recorder(tokenizer, settings, prompt=prompt, model=options.model, seed=options.seed)
-            recorder.take(event)
+            if recorder is not None:  # a search comes before
+                recorder.take(event)
             is_done = isinstance(event, Done) or (is_done and not isinstance(event, StepDone | BlockDone))
             yield event
     finally:
         if recorder is not None:
             recorder.write(options.record)
+
+
+def shown_doubt(filled: Filled) -> float | None:
+    """For JSON."""
+    return None if filled.doubt is None else round(filled.doubt, 3)
 
 
 def report(filled: Filled, options) -> dict:
@@ -156,6 +214,8 @@ def report(filled: Filled, options) -> dict:
         "holes": filled.holes,
         "lengths": filled.lengths,
         "search_steps": filled.search_steps,
+        "search_seconds": round(filled.search_seconds, 3),
+        "doubt": shown_doubt(filled),
         "seed": options.seed,
         "model": options.model,
         "stats": dataclasses.asdict(filled.done.stats),

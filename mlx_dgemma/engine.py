@@ -12,14 +12,12 @@ from .config import GenerationConfig
 from .denoise import Step
 from .elementary import softcap
 from .errors import DgemmaError
+from .fits import PREFILL_CHUNK, mlx_refusal
 from .model import DiffusionGemma
-from .products import device_memory
+from .products import activations, device_memory
 from .sampler import accept_mask
-from .units import count, human_bytes
+from .units import human_bytes
 from .vocabulary import Reader, best_blocks
-
-# Prompt tokens encoded at once: bounds the memory of attention scores.
-PREFILL_CHUNK = 512
 
 
 class MlxEngine:
@@ -72,14 +70,13 @@ class MlxEngine:
 
     def _check_room(self, rows, tokens):
         """MLX would end the process, or the system would, where memory runs out."""
-        length, room = self.cache.length + tokens, device_memory()
-        needed = self.cache.planned(self.model.config, rows, length, self.model.dtype.size)
-        used = mx.get_active_memory() - self.cache.nbytes
-        if room and used + needed > room:
-            raise DgemmaError(
-                f"{count(rows, 'row')} of {length} tokens take {human_bytes(needed)} beside {human_bytes(used)} in use,"
-                f" expected {human_bytes(room)} at most on this device; shorten the prompt or denoise fewer rows"
-            )
+        model, room = self.model, device_memory()
+        if room and not model.allow_overcommit:
+            in_use = mx.get_active_memory() - self.cache.nbytes  # weights, and what else this process holds
+            how = activations(model.dtype, model.packed)
+            where, length = f"this device has {human_bytes(room)}", self.cache.length + tokens
+            if problem := mlx_refusal(model.config, in_use, length, rows, how, room, where):
+                raise DgemmaError(problem)
 
     def start(self, canvas: np.ndarray) -> None:
         self.canvas, self.soft, self._seen, self._flat = mx.array(canvas), None, self.cache, 1.0

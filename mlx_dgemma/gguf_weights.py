@@ -20,12 +20,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .errors import DgemmaError
 from .floats import STORED_AS, cast, from_float32
 from .gguf.model import open_gguf
 from .gguf.types import FLOATS, Type
 from .gguf.values import to_float32
-from .products import device_memory
 from .tensors import QUANTIZED_ROLES, Tensor, text_tensors
 from .tokenizer import Tokenizer
 from .units import human_bytes
@@ -182,30 +180,27 @@ class GgufSource:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_gguf(self.gguf.file, self.config)
 
+    def memory(self, dtype, dequantize: bool) -> tuple[int, bool]:
+        """Bytes that the weights take in MLX, and whether some stay packed."""
+        forms = [(tensor, self._form(tensor, dequantize)) for tensor in text_tensors(self.config)]
+        nbytes = sum(f.nbytes(t.size, dtype.size) if f else t.size * dtype.size for t, f in forms)
+        return nbytes, any(form for _, form in forms)
+
     def notes(self, dtype, dequantize: bool) -> list[str]:
-        """What to say before the weights are read. Raises DgemmaError where they cannot fit the device's memory."""
-        tensors = text_tensors(self.config)
-        grown = Counter()
-        nbytes = 0
+        """What to say before the weights are read."""
+        tensors, grown = text_tensors(self.config), Counter()
         for tensor in tensors:
-            form = self._form(tensor, dequantize)
-            nbytes += form.nbytes(tensor.size, dtype.size) if form else tensor.size * dtype.size
-            if form is None:
+            if self._form(tensor, dequantize) is None:
                 grown.update({t.name: tensor.size for t in self._types(tensor)[:1] if t.name not in FLOATS})
         share = grown.total() / sum(tensor.size for tensor in tensors)
-        names, float_type = ", ".join(sorted(grown)), str(dtype).removeprefix("mlx.core.")
-        advice = f"for a smaller model: python -m convert {self.path} OUT --recipe q4"
-        limit = device_memory()
-        if limit and nbytes > limit:
-            why = f", {share:.0%} of them as {float_type} ({names})" if grown else ""
-            raise DgemmaError(
-                f"{self.path}: its weights take {human_bytes(nbytes)} in MLX{why}, above the {human_bytes(limit)} that "
-                f"this device can hold; {advice}"
-            )
         if dequantize or share <= WORTH_A_NOTE:
             return []
-        size = human_bytes(grown.total() * dtype.size)
-        return [f"{names}: MLX has no such form; {share:.0%} of the weights become {float_type}, {size}; {advice}"]
+        names, float_type = ", ".join(sorted(grown)), str(dtype).removeprefix("mlx.core.")
+        size, advice = human_bytes(grown.total() * dtype.size), f"python -m convert {self.path} OUT --recipe q4"
+        return [
+            f"{names}: MLX has no such form; {share:.0%} of the weights become {float_type}, {size}; for a smaller "
+            f"model: {advice}"
+        ]
 
     def weights(self, dtype, dequantize: bool) -> Weights:
         """Every tensor, read. Floats and scales have `dtype`."""

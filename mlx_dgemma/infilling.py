@@ -8,6 +8,7 @@ Knows no engine, like session.py.
 """
 
 import re
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -33,6 +34,14 @@ MOST_ROWS = 32  # lengths tried at once
 GUESS = 8  # slots of a later hole while an earlier one is searched
 
 
+class Searched(NamedTuple):
+    """A step of the search for a hole's length."""
+
+    hole: int  # counts from 0, over all holes
+    lengths: int  # that are compared at once
+    step: int  # counts from 0
+
+
 class Filled(NamedTuple):
     """A text whose holes are filled. The last event of `fill`."""
 
@@ -41,6 +50,8 @@ class Filled(NamedTuple):
     lengths: list[int]  # tokens of each
     done: Done  # of the generation that wrote them
     search_steps: int  # decoder passes, summed over rows, that compared lengths
+    search_seconds: float
+    doubt: float | None  # nats, see `_doubts`; None where no lengths were compared
 
 
 def parse(text: str) -> list:
@@ -72,7 +83,7 @@ def fill(
     noise: float = 1.0,
     lengths: tuple[int, ...] = LENGTHS,
     deltas: tuple[int, ...] = (),
-) -> Iterator[StepDone | BlockDone | Done | Filled]:
+) -> Iterator[Searched | StepDone | BlockDone | Done | Filled]:
     """Write the holes among `parts` (texts and Holes); ends with a Filled.
 
     prompt: the user's turn, INFILL_PROMPT by default; text that does not fit the canvas is added to it. noise: the
@@ -86,7 +97,7 @@ def fill(
         raise DgemmaError(f"a hole has {wrong[0]} tokens, expected at least 1")
     tokenizer, C = session.tokenizer, session.canvas_length
     settings = settings.replace(max_new_tokens=C, first_canvas=settings.first_canvas and C, drop_tail=False)
-    chosen, searched = [], 0
+    chosen, searched, seconds, least = [], 0, 0.0, None
     for hole in (part for part in parts if isinstance(part, Hole)):
         chosen.append(hole.length if hole.old is None else old_length(hole, parts, tokenizer))
 
@@ -100,26 +111,31 @@ def fill(
 
     for at, length in enumerate(chosen):
         if length is None:
-            chosen[at], _, steps = _search(run, chosen, at, lengths, settings)
-            searched += steps
+            began = time.perf_counter()
+            chosen[at], least, steps = yield from _search(run, chosen, at, lengths, settings)
+            searched, seconds = searched + steps, seconds + time.perf_counter() - began
     draft, holes, done = yield from _write(run, chosen, settings, tokenizer)
     for at, length in enumerate(chosen) if deltas else ():
+        began = time.perf_counter()
         (doubt,), steps = _doubts(run, [chosen], draft[None], settings)
-        searched += steps
+        searched, least = searched + steps, doubt
         if doubt < SURE:
+            seconds += time.perf_counter() - began
             break
         near = [length + delta for delta in deltas if delta and length + delta > 0]
         try:
-            other, least, steps = _search(run, chosen, at, near, settings)
+            other, less, steps = yield from _search(run, chosen, at, near, settings)
         except DgemmaError:  # no other length fits
             continue
+        finally:
+            seconds += time.perf_counter() - began
         searched += steps
-        if least < MUCH_LESS * doubt:
-            chosen[at] = other
+        if less < MUCH_LESS * doubt:
+            chosen[at], least = other, less
             draft, holes, done = yield from _write(run, chosen, settings, tokenizer)
     written = iter(holes)
     text = "".join(next(written) if isinstance(part, Hole) else part for part in parts)
-    yield Filled(text, holes, chosen, done, searched)
+    yield Filled(text, holes, chosen, done, searched, seconds, None if least is None else float(least))
 
 
 def _write(run, lengths, settings, tokenizer):
@@ -152,7 +168,7 @@ def _search(run, chosen, at, lengths, settings):
     for start in range(0, len(fits), MOST_ROWS):
         rows = fits[start : start + MOST_ROWS]
         _, events = run(rows, settings.replace(max_denoising_steps=SEARCH_STEPS))
-        drafts, steps = _last_draft(events)
+        drafts, steps = yield from _last_draft(events, at)
         found, more = _doubts(run, rows, drafts, settings)
         doubts, spent = [*doubts, *found], spent + steps + more
     best = int(np.argmin(doubts))
@@ -184,12 +200,13 @@ def _doubts(run, candidates, drafts, settings):
     return event.entropy.sum(axis=-1) + DOUBT * (event.draft != drafts).sum(axis=-1), len(drafts)
 
 
-def _last_draft(events):
+def _last_draft(events, hole):
     """The last draft (B, C), and the steps of all rows."""
     steps = 0
     for event in events:
         if isinstance(event, StepDone):
             draft, steps = event.draft, steps + int(event.running.sum())
+            yield Searched(hole, len(draft), event.step)
     return draft, steps
 
 

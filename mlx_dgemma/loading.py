@@ -15,19 +15,28 @@ from mlx.utils import tree_flatten
 
 from .config import ModelConfig, read_config, read_generation_config
 from .errors import DgemmaError
+from .fits import Context, enforce, mlx_refusal, tokens_of
 from .gguf_weights import FLOAT_TAGS, GgufSource, Quantization, Weights
 from .hub import model_path
 from .model import DiffusionGemma
+from .products import activations, device_memory
 from .shards import FLOATS, StoredTensor, stored_tensors
 from .tensors import check_coverage, check_shape, text_tensors
 from .tokenizer import Tokenizer
+from .units import human_bytes
 
 # How a quantized module without biases is stored: (bits, group size) → MLX's mode.
 MODES_WITHOUT_BIASES = {(4, 32): "mxfp4", (8, 32): "mxfp8", (4, 16): "nvfp4"}
 
 
 def load(
-    path_or_repo, dtype=None, dequantize: bool = False, on_note: Callable[[str], None] = lambda note: None
+    path_or_repo,
+    dtype=None,
+    dequantize: bool = False,
+    on_note: Callable[[str], None] = lambda note: None,
+    *,
+    context: Context = None,
+    allow_overcommit: bool = False,
 ) -> tuple[DiffusionGemma, Tokenizer]:
     """Load a model and its tokenizer from a folder, a GGUF file or a hub repo id (or owner/name/FILE.gguf).
 
@@ -35,6 +44,8 @@ def load(
     dequantize: turn quantized weights into `dtype` ones. The values stay the same; memory grows, and float32 steps on a
     CPU with a fast BLAS become several times faster.
     on_note: is told what a user should know before the weights are read, as that a GGUF grows in memory.
+    context: tokens of prompt and answer that memory must have room for, or what says how many; by default one canvas.
+    allow_overcommit: go on where that does not fit, with a note.
     Raises DgemmaError for what is not a complete DiffusionGemma checkpoint, or cannot fit the device's memory.
     """
     if dtype is not None and dtype not in FLOAT_TAGS:
@@ -45,7 +56,21 @@ def load(
     dtype = dtype or (mx.bfloat16 if mx.default_device().type == mx.gpu else mx.float32)
     for note in source.notes(dtype, dequantize):
         on_note(note)
-    return _build(source, dtype, dequantize), tokenizer
+    tokens = tokens_of(context, tokenizer, source.config, source.generation)
+    enforce(_problem(source, dtype, dequantize, tokens), allow_overcommit, on_note)
+    model = _build(source, dtype, dequantize)
+    model.allow_overcommit = allow_overcommit
+    return model, tokenizer
+
+
+def _problem(source, dtype, dequantize, tokens):
+    """Why weights, prefix and a step do not fit; None where they do, or nobody says how much there is."""
+    room = device_memory()
+    if not room:
+        return None
+    nbytes, packed = source.memory(dtype, dequantize)
+    how = activations(dtype, packed)
+    return mlx_refusal(source.config, nbytes, tokens, 1, how, room, f"this device has {human_bytes(room)}")
 
 
 class FolderSource:
@@ -60,6 +85,19 @@ class FolderSource:
 
     def notes(self, dtype, dequantize: bool) -> list[str]:
         return []
+
+    def memory(self, dtype, dequantize: bool) -> tuple[int, bool]:
+        """Bytes that the weights take in MLX, and whether some stay packed."""
+        stored = stored_tensors(self.folder)
+        quantized = {} if dequantize else check_weights(stored, self.config, self.folder)
+        nbytes = 0
+        for tensor in text_tensors(self.config):
+            module = tensor.mlx.removesuffix(".weight")
+            if how := quantized.get(module):
+                nbytes += how.nbytes(tensor.size, dtype.size)
+            else:
+                nbytes += tensor.size * dtype.size
+        return nbytes, bool(quantized)
 
     def weights(self, dtype, dequantize: bool) -> Weights:
         """Every stored array; nothing is read from disk before it is used."""

@@ -104,6 +104,7 @@ class DiffusionGemma(nn.Module):
         self.model.encoder = Encoder(config)
         self._config, self._dtype = config, dtype
         self._generation_config = generation_config or GenerationConfig()
+        self.allow_overcommit = False  # go on where a prefix or a step does not fit the device's memory
 
     @property
     def config(self) -> ModelConfig:
@@ -116,6 +117,12 @@ class DiffusionGemma(nn.Module):
     @property
     def dtype(self):
         return self._dtype
+
+    @property
+    def packed(self) -> bool:
+        """Whether matrices are quantized."""
+        layer = self.model.decoder.layers[0]
+        return any("scales" in matrix for matrix in (layer.self_attn.q_proj, layer.experts.gate_up_proj))
 
     @property
     def table(self) -> Table:

@@ -6,12 +6,13 @@ Differs  MLX's CPU backend multiplies packed weights value by value and gathered
          slower than BLAS on the unpacked ones (docs/log.md). There a matrix is unpacked for the product and forgotten
 """
 
-import os
 from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+
+from .fits import Activations, ram
 
 FEW_ROWS = 4  # up to here MLX's own packed product is no slower
 
@@ -32,9 +33,12 @@ def device_memory() -> int | None:
     """Bytes that the default device can hold; None where nobody says."""
     info = mx.device_info()
     told = info.get("max_recommended_working_set_size") or info.get("total_memory")
-    if not told and on_cpu() and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return told
+    return told or (ram() if on_cpu() else None)
+
+
+def activations(dtype, packed: bool) -> Activations:
+    """How the default device computes."""
+    return Activations(dtype.size, on_cpu(), packed)
 
 
 def packed_product(x, arrays, packing: Packing, transpose: bool = True):

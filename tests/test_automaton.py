@@ -56,7 +56,8 @@ def test_characters_are_utf8_and_never_nul():
 @pytest.mark.parametrize(
     "regex, message",
     [
-        ("(a", "not valid"), ("a)(b", "without ("), (r"a\bc", "assertion"), ("(^a|b)c", "assertion"),
+        ("(a", "( without ) at character 1"), ("x[a(", "[ without ] at character 2"), ("(a(b)", "at character 1"),
+        ("a)(b", "without ("), (r"a\bc", "assertion"), ("(^a|b)c", "assertion"),
         ("(?=a)b", "not valid"), (r"[^\s\S]", "empty"), ("a\0", "empty"), ("\ud800", "UTF-8"),
     ],
 )  # fmt: skip

@@ -29,7 +29,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    def load(options):
+    def load(options, context):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(cli_edit, "load_mlx", load)
@@ -167,11 +167,11 @@ def test_a_read_only_file_can_be_looked_at(edit, path):
 def test_a_file_that_changed_meanwhile_stays(edit, path, monkeypatch, change):
     load = cli_edit.load_mlx
 
-    def meanwhile(options):
+    def meanwhile(options, context):
         path.unlink()
         if change is not None:
             path.write_text(change)
-        return load(options)
+        return load(options, context)
 
     monkeypatch.setattr(cli_edit, "load_mlx", meanwhile)
     code, out, err = edit(path, "--write")

@@ -28,7 +28,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    def load(options):
+    def load(options, context):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(cli, "load_mlx", load)
@@ -92,7 +92,35 @@ def test_lengths_are_tried(generate, write):
     assert code == 0 and b"trying 3 lengths for each hole without one" in err
     found = json.loads(generate("--infill", write("the <|hole|> sand"), "--lengths", "2-4", "--json")[1])
     assert found["lengths"][0] in (2, 3, 4) and found["search_steps"] >= 6
+    assert found["search_seconds"] > 0 and found["doubt"] > 0
     assert found["text"].encode() == out
+
+
+def test_the_search_is_shown_and_so_is_a_doubt(generate, write, monkeypatch):
+    """The tiny model is random: it doubts everything. A status is for terminals; what it cost for all."""
+    path = write("the <|hole|> sand")
+    code, _, err = generate("--infill", path, "--steps", 2, "--lengths", "2-4")
+    lines = err.decode().splitlines()
+    assert code == 0 and any(re.fullmatch(r"compared lengths in \d+ steps, \d+\.\d\d s", line) for line in lines)
+    assert any(re.fullmatch(r"the model doubts the result \(\d+\.\d nats\): look at it twice", line) for line in lines)
+    code, _, err = generate("--infill", write("the <|hole:2|> sand", "y.txt"), "--steps", 2)
+    assert code == 0 and b"doubts" not in err and b"compared" not in err  # nothing was compared
+    shown = []
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: shown.append(text))
+    generate("--infill", path, "--steps", 2, "--lengths", "2-4")
+    assert shown[0] == "hole 1: 3 lengths, step 1 of 8"
+
+
+def test_a_recorded_search_begins_with_the_text(generate, write, tmp_path):
+    code, *_ = generate(
+        "--infill", write("a<|hole|>b"), "--steps", 2, "--lengths", "2", "--record", tmp_path / "x.html"
+    )
+    assert code == 0 and (tmp_path / "x.html").exists()
+
+
+def test_lengths_beyond_the_canvas_name_the_option(generate, write):
+    code, out, err = generate("--infill", write("a<|hole|>b"), "--lengths", "70-80")
+    assert code == 1 and out == b"" and b"error: --lengths is 70-80, the canvas has 16 tokens; give fewer" in err
 
 
 def test_read_lengths():

@@ -99,14 +99,14 @@ BAD = [
     (["--json-schema", '{"type": '], "the schema is not JSON"),
     (["--json-schema", "nowhere.json"], "'nowhere.json': cannot be read (No such file or directory)"),
     (["--regex", r"[^\s\S]"], r"the language of '[^\\s\\S]' is empty"),
-    (["--regex", "(a"], "the regex '(a' is not valid"),
+    (["--regex", "(a"], "the regex has a ( without ) at character 1"),
     (["--regex", r"a\bb"], r"the regex holds the assertion \b at character 2"),
     (["--regex", "(a{100}){100}"], "is too large: 10002 states, expected 8,000 states at most"),
     (["--template", "age <|float|>"], "the slot <|float|> is not known, expected one of: <|choice:red,green|>"),
     (["--template", "age"], "the template has no slot"),
     (["--template", "age <|integer"], "the template has a slot that no |> closes"),
     (["--template", "<|choice:a|>"], "the slot <|choice:a|> has one choice"),
-    (["--template", "<|regex:(a|>"], "is not valid"),
+    (["--template", "<|regex:(a|>"], "has a ( without )"),
     (["--template", "<|choice:a,b|>", "--record", "never.html"], "--record has nothing to show"),
 ]
 # fmt: on

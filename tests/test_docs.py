@@ -9,6 +9,7 @@ import pytest
 
 from convert import convert
 from convert.cli import _parser as convert_parser
+from convert.fit_cli import _parser as fit_parser
 from convert.imatrix_cli import _parser as imatrix_parser
 from convert.plan_gguf import make_gguf_plan
 from convert.recipes_gguf import RECIPES as GGUF_RECIPES
@@ -38,6 +39,8 @@ def test_commands_have_the_options_shown(page):
             parse(arguments)
         elif module == "mlx_dgemma.edit":
             edit_parser().parse_args(arguments)
+        elif module == "convert" and arguments[0] == "fit":
+            fit_parser().parse_args(arguments[1:])
         elif module == "convert" and arguments[0] == "imatrix":
             imatrix_parser().parse_args(arguments[1:])
         elif module == "gguf_export":

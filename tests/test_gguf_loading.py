@@ -9,7 +9,7 @@ import pytest
 import mlx_dgemma
 from convert import convert
 from convert.recipes_gguf import RECIPES
-from mlx_dgemma import gguf_weights
+from mlx_dgemma import gguf_weights, loading
 from mlx_dgemma.__main__ import main
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.hub import model_path
@@ -87,9 +87,11 @@ def test_weights_that_grow_are_said_once(wide, tmp_path, capsys, monkeypatch):
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_read(wide, tmp_path, monkeypatch):
     convert(wide, tmp_path / "x.gguf", to="gguf", recipe="Q3_K_M")
-    monkeypatch.setattr(gguf_weights, "device_memory", lambda: 1_000_000)
+    monkeypatch.setattr(loading, "device_memory", lambda: 1_000_000)
     monkeypatch.setattr(gguf_weights.GgufSource, "weights", None)
-    with pytest.raises(DgemmaError, match=r"take .* in MLX, .* above the 1.00 MB that this device can hold; for a"):
+    with pytest.raises(
+        DgemmaError, match=r"this device has 1.00 MB, expected .* \(weights .*; see `python -m convert fit"
+    ):
         mlx_dgemma.load(tmp_path / "x.gguf")
 
 

@@ -105,21 +105,20 @@ def test_a_wrong_option_is_said(path, options, message):
 
 def test_too_little_memory_says_what_would_fit(path, monkeypatch):
     import gguf_export.runner as module
-    from gguf_export.devices import Device
-    from gguf_export.memory import Split, plan
+    from gguf_export.devices import Device, open_ggml
+    from gguf_export.forecast import plan_of
 
     runner = runner_of(path, form="gpu")
-    graphs = [runner.graph(phase, runner._one_chunk()) for phase in module.RUN]
-    three = max(plan(runner._weights(), graph, Split.of(6, 3)).wanted for graph in graphs)
+    three = plan_of(runner.graph, runner.config, C, open_ggml()).need(3).total
     small = Device("GPU0", "gpu", "a small one", three, three, False, 0)
     monkeypatch.setattr(module, "choose", lambda library, device: small)
     with pytest.raises(DgemmaError, match=r"GPU0 has .* free, expected .* \(weights .*--n-gpu-layers 3 would fit"):
         Runner(path, "GPU0")
     monkeypatch.setattr(module, "choose", lambda library, device: small._replace(free=1_000))
-    with pytest.raises(DgemmaError, match="GPU0 has 1.00 kB free.*; choose a smaller recipe, or --device CPU"):
+    with pytest.raises(DgemmaError, match="GPU0 has 1.00 kB free.*; --device CPU; or --allow-overcommit tries"):
         Runner(path, "GPU0")
     monkeypatch.setattr(module, "choose", lambda library, device: Device("CPU", "cpu", "", 1_000, 1_000, True, 0))
-    with pytest.raises(DgemmaError, match=r"CPU has 1.00 kB free.*\); free some"):
+    with pytest.raises(DgemmaError, match=r"CPU has 1.00 kB free.*\); no recipe would; see .*convert fit"):
         Runner(path, "CPU")
 
 
