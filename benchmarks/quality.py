@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from convert.examples import NOISE_SHARES
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.units import human_bytes
 
@@ -39,7 +40,6 @@ from .quality_report import (
     tables,
     write_report,
 )
-from .quality_scores import NOISE_SHARES
 from .quality_tasks import KNOWN, chosen_tasks, paired, run_tasks
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,7 +1,7 @@
 """The text that models are judged on: a file of the user's, or the demo's held-out tasks.
 
 Shapes   C canvas slots; canvases and passages are in tokens
-Source   convert.calibrate for the forms of a file, and for what becomes of a conversation
+Source   convert.examples for the forms of a file, and for what becomes of a conversation
 Differs  of plain text only whole canvases are taken: the filling behind a cut sentence would be no text
 """
 
@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from convert.examples import Canvas, Example, passages, read_examples
 from demo.tasks import TASKS, held_out
 from mlx_dgemma.config import ModelConfig
 from mlx_dgemma.errors import ContextError, DgemmaError
 from mlx_dgemma.tokenizer import Tokenizer
 from mlx_dgemma.units import count
-
-from .quality_scores import Canvas
 
 DEMO_CANVASES, FILE_CANVASES = 200, 64  # by default, where there is as much
 DEMO = "the demo's held-out tasks"
@@ -61,8 +60,6 @@ class Data(NamedTuple):
 
 def read_data(file: str | None, tokenizer: Tokenizer, config: ModelConfig, wanted: int | None, seed: int) -> Data:
     """`wanted` canvases of `file`, or without one of the demo's tasks. Raises DgemmaError where there are fewer."""
-    from convert.calibrate import read_examples
-
     examples = _demo_examples(wanted or DEMO_CANVASES, seed) if file is None else read_examples(file)
     most = wanted or (DEMO_CANVASES if file is None else FILE_CANVASES)
     found, texts = [], []
@@ -93,8 +90,6 @@ def read_data(file: str | None, tokenizer: Tokenizer, config: ModelConfig, wante
 
 def _demo_examples(canvases, seed):
     """Instances of all tasks in turn. An answer fills one canvas at least."""
-    from convert.calibrate import Example
-
     per_task = -(-canvases // len(TASKS))
     turns = itertools.chain(*zip(*(held_out(task, per_task, seed) for task in TASKS), strict=True))
     return [Example(({"role": "user", "content": i.prompt},), i.answer) for i in turns]
@@ -102,8 +97,6 @@ def _demo_examples(canvases, seed):
 
 def _passages(examples, tokenizer, C):
     """Prompt tokens and canvases (blocks, C) of each; of plain text only whole canvases."""
-    from convert.calibrate import passages
-
     for example in examples:
         left = None if example.messages else len(tokenizer.encode(example.answer)) // C
         if left == 0:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from convert.examples import NOISE_SHARES, temperature_at
 from mlx_dgemma.config import GenerationConfig, ModelConfig
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.noise import NoiseStream
@@ -17,7 +18,7 @@ from mlx_dgemma.noise import NoiseStream
 from .quality_base import Base
 from .quality_data import Data
 from .quality_engines import Model
-from .quality_scores import NOISE_SHARES, PASSES, Sums, by_instance, noisy, ratio, read, score, summary
+from .quality_scores import PASSES, Sums, by_instance, noisy, ratio, read, score, summary
 
 MOST_ROWS, MOST_LOGITS = 25, 1 << 26  # canvases at once
 
@@ -45,8 +46,6 @@ class Plan(NamedTuple):
 
 def readings(model: Model, plan: Plan, share_type, advance: Callable = lambda n: None) -> Iterator[tuple]:
     """(canvas, share of noise, pass) as numbers, the noisy canvas, and what the model said of it."""
-    from convert.calibrate import temperature_at
-
     canvases, stream, V = plan.data.canvases, NoiseStream(plan.seed), plan.config.vocab_size
     order = sorted(range(len(canvases)), key=lambda n: len(canvases[n].prefix))  # little padding
     for start in range(0, len(order), plan.rows):

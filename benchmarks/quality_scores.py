@@ -13,22 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from convert.examples import NOISE_SHARES, Canvas, corrupt
+from mlx_dgemma import quality
 from mlx_dgemma.noise import NoiseStream
 
-NOISE_SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 PASSES = ("first", "self_conditioned")
 REGIONS = ("all", "corrupted")
 SAMPLE = 2_000  # steps of the noise stream from here on choose slots; shares of noise use those up to 1,000
 CHUNK = 1 << 22  # logits read at a time: what numpy makes of them on the way is a few times this
-
-
-class Canvas(NamedTuple):
-    """A block of a right answer, and what comes before it."""
-
-    instance: int  # also the noise row
-    block: int
-    prefix: list[int]
-    clean: np.ndarray  # (C,) int32
 
 
 class Noisy(NamedTuple):
@@ -54,8 +46,6 @@ def noisy(canvas: Canvas, t: float, stream: NoiseStream, vocab_size: int, slots:
 
     Depends on seed, instance, block and t alone.
     """
-    from convert.calibrate import corrupt
-
     tokens, corrupted = corrupt(canvas.clean[None], t, stream, [canvas.instance], canvas.block, vocab_size)
     C = tokens.shape[-1]
     order = np.argsort(stream.uniforms([canvas.instance], canvas.block, SAMPLE + round(1000 * t), C)[0], kind="stable")
@@ -135,15 +125,9 @@ def score(reading: Reading, reference: Reading, at: Noisy) -> np.ndarray:
 
 
 def ratio(total: np.ndarray, count: np.ndarray, instance: np.ndarray) -> dict | None:
-    """sum(total) / sum(count) as {"mean", "se"}; se is None with one instance, the whole None without a count."""
-    totals, counts = np.bincount(instance, total), np.bincount(instance, count)
-    if not counts.sum() or not np.isfinite(totals).all():
-        return None
-    mean, m = totals.sum() / counts.sum(), np.count_nonzero(counts)
-    if m == 1:
-        return {"mean": float(mean), "se": None}
-    spread = np.square(totals - mean * counts).sum() * m / (m - 1)
-    return {"mean": float(mean), "se": float(np.sqrt(spread) / counts.sum())}
+    """mlx_dgemma.quality.ratio as {"mean", "se"}."""
+    found = quality.ratio(total, count, instance)
+    return None if found is None else {"mean": found[0], "se": found[1]}
 
 
 def summary(sums: Sums, instance: np.ndarray, reference: Sums | None = None, ts=NOISE_SHARES) -> dict:

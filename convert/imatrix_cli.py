@@ -74,7 +74,8 @@ def _collect(args):
     check_free_name(Path(args.out))
     from mlx_dgemma import load
 
-    from .calibrate import collect, read_examples
+    from .calibrate import collect
+    from .examples import read_examples
 
     examples = read_examples(args.data)  # before the weights, so that a wrong file costs nothing
     model, tokenizer = load(args.model)

@@ -1,7 +1,7 @@
 """How much each group of weights matters: the KL it costs when that group alone is rounded.
 
 Shapes   B canvases, each at one share of noise, C canvas slots, S slots looked at, V vocabulary
-Source   denoising batches as in calibrate.py; the KL of two passes, the second with self-conditioning from the first
+Source   canvases and noise of examples.py; the KL of two passes, the second with self-conditioning from the first
 Differs  mlx-optiq and others measure a causal pass over clean text. Here a group is rounded for encoder and decoder
          alike, and judged where it is used: on corrupted slots of canvases
 
@@ -23,12 +23,14 @@ from mlx_dgemma.layers import PackedLinear
 from mlx_dgemma.model import DiffusionGemma
 from mlx_dgemma.noise import NoiseStream
 from mlx_dgemma.products import Packing
+from mlx_dgemma.quality import ratio
 from mlx_dgemma.session import left_padded
 from mlx_dgemma.tensors import Tensor
 from mlx_dgemma.tokenizer import Tokenizer
 
 from .auto import Group, Sensitivity, grouped
-from .calibrate import NOISE_SHARES, Example, check_context, corrupt, passages, place, temperature_at
+from .calibrate import place
+from .examples import NOISE_SHARES, Example, canvases, check_context, corrupt, temperature_at
 from .recipes_mlx import PRECISIONS, Precision, fallback
 
 PROBE = "q4"
@@ -42,15 +44,6 @@ class GroupDone(NamedTuple):
 
     done: int
     total: int
-
-
-class Canvas(NamedTuple):
-    """A block of a right answer, and what comes before it."""
-
-    instance: int  # also the noise row
-    block: int
-    prefix: list[int]
-    clean: np.ndarray  # (C,) int32
 
 
 def measure(
@@ -81,23 +74,10 @@ def measure(
             pairs = [_kl(model, batch, known) for batch, known in zip(batches, reference, strict=True)]
         kl, slots = (np.concatenate(part) for part in zip(*pairs, strict=True))
         instance = np.concatenate([batch.instance for batch in batches])
-        groups[key] = Group(*ratio(kl, slots, instance), error)
+        mean, standard_error = ratio(kl, slots, instance)
+        groups[key] = Group(mean, standard_error or 0.0, error)
         on_event(GroupDone(len(groups), len(members)))
     return Sensitivity(probe, groups, len(found), ts, seed)
-
-
-def canvases(
-    examples: Iterable[Example], tokenizer: Tokenizer, canvas_length: int, limit: int | None = None
-) -> list[Canvas]:
-    """Every block of the examples' answers, `limit` at most."""
-    found = []
-    for instance, passage in enumerate(passages(examples, tokenizer, canvas_length)):
-        for block, clean in enumerate(passage.canvases):
-            if limit is not None and len(found) == limit:
-                return found
-            prefix = [*passage.prompt.tolist(), *passage.canvases[:block].ravel().tolist()]
-            found.append(Canvas(instance, block, prefix, clean))
-    return found
 
 
 @contextlib.contextmanager
@@ -219,12 +199,3 @@ def divergence(reference: mx.array, found: mx.array) -> mx.array:
     """
     d = found - reference
     return (mx.exp(reference) * (mx.expm1(d) - d)).sum(axis=-1)
-
-
-def ratio(total: np.ndarray, count: np.ndarray, instance: np.ndarray) -> tuple[float, float]:
-    """sum(total) / sum(count) and its standard error. Canvases of one instance are not independent; instances are."""
-    totals, counts = np.bincount(instance, total), np.bincount(instance, count)
-    mean = totals.sum() / max(1, counts.sum())
-    m = np.count_nonzero(counts)
-    spread = np.square(totals - mean * counts).sum() * m / max(1, m - 1)
-    return float(mean), float(np.sqrt(spread) / max(1, counts.sum()))

@@ -51,7 +51,7 @@ def measure_model(model: str, data: str, canvases: int = CANVASES, probe: str | 
     """The Sensitivity of a model on disk, with progress on stderr. Raises DgemmaError."""
     from mlx_dgemma import load
 
-    from .calibrate import read_examples
+    from .examples import read_examples
     from .sensitivity import PROBE, measure
 
     examples = read_examples(data)  # before the weights, so that a wrong file costs nothing

@@ -1,4 +1,4 @@
-"""What a stored copy of the weights lost against its source, role by role.
+"""What a stored copy of the weights lost against its source, role by role; means with their standard errors.
 
 Shapes   rows of both sides, float32, compared piece by piece
 Source   the usual relative root-mean-square error; both verifiers (MLX folder, GGUF file) use it
@@ -75,3 +75,19 @@ def error_table(errors: list[RoleError]) -> str:
 
 def failed(found: str) -> DgemmaError:
     return DgemmaError(f"verification failed: {found}. If this project wrote it, please report it as a defect")
+
+
+def ratio(total: np.ndarray, count: np.ndarray, instance: np.ndarray) -> tuple[float, float | None] | None:
+    """sum(total) / sum(count) and its standard error: (N,) each, the N canvases being of these instances.
+
+    Canvases of one instance are not independent; instances are. No standard error with one instance, and nothing at
+    all without a count or where a total is not finite.
+    """
+    totals, counts = np.bincount(instance, total), np.bincount(instance, count)
+    if not counts.sum() or not np.isfinite(totals).all():
+        return None
+    mean, m = totals.sum() / counts.sum(), np.count_nonzero(counts)
+    if m == 1:
+        return float(mean), None
+    spread = np.square(totals - mean * counts).sum() * m / (m - 1)
+    return float(mean), float(np.sqrt(spread) / counts.sum())

@@ -13,9 +13,9 @@ import mlx_dgemma
 from convert import auto, auto_recipe, convert, sensitivity
 from convert.auto import Choice, Group, Sensitivity, grouped, knapsack
 from convert.auto_recipe import Budget, as_json, parse_budget, read_sensitivity
-from convert.calibrate import Example, corrupt, temperature_at
 from convert.checkpoint import open_checkpoint
 from convert.cli import main
+from convert.examples import Example, corrupt, temperature_at
 from convert.plan_gguf import make_gguf_plan
 from convert.recipes import find_recipe
 from convert.recipes_mlx import PRECISIONS

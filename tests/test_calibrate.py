@@ -11,16 +11,8 @@ import pytest
 
 import mlx_dgemma
 from convert import convert
-from convert.calibrate import (
-    Example,
-    collect,
-    corrupt,
-    passages,
-    read_examples,
-    squared_inputs,
-    tapped,
-    temperature_at,
-)
+from convert.calibrate import collect, squared_inputs, tapped
+from convert.examples import Example, corrupt, passages, read_examples, temperature_at
 from convert.imatrix import read_imatrix
 from convert.imatrix_cli import main
 from mlx_dgemma.errors import ContextError, DgemmaError
