@@ -66,6 +66,7 @@ def convert(
     dry_run: bool = False,
     verify: bool = False,
     low_disk: bool = False,
+    refit: bool = False,
     on_event: Callable[[Planned | Resumed | Fetching | Worked], None] = lambda event: None,
 ) -> Report:
     """Write `src` (a folder, a GGUF file or a hub id) as the new folder or GGUF file `out`.
@@ -76,6 +77,7 @@ def convert(
     imatrix: an importance matrix in llama.cpp's GGUF form; only for "gguf".
     dry_run: plan only; needs config.json alone (or a GGUF's header), and no `out`.
     low_disk: `src` is a hub id; a shard is fetched, converted and deleted before the next one is fetched.
+    refit: fit the scales of affine precisions to the rounded weights (refit.py); only for "mlx".
     Raises DgemmaError; `out` is then as it was. Tensors that were complete are kept in `out`.partial, where the same
     call goes on, whatever ended the one before: an error, KeyboardInterrupt, `kill -9`.
     """
@@ -84,6 +86,8 @@ def convert(
         raise DgemmaError(f"target {to!r} is not known, expected {' or '.join(TARGETS)}")
     if imatrix is not None and to != "gguf":
         raise DgemmaError(f"an importance matrix is for GGUF files, found --to {to}; leave it out or use --to gguf")
+    if refit and to != "mlx":
+        raise DgemmaError(f"--refit is for MLX folders, found --to {to}; leave it out, ggml's quantizers fit anyway")
     recipe = find_recipe(recipe or DEFAULTS[to], to, tensor_types)
     if out is None and not dry_run:
         raise DgemmaError("no output was given, expected a new name; only a dry run does without")
@@ -105,7 +109,7 @@ def convert(
         def worked(phase):
             return lambda name, n: on_event(Worked(phase, name, n))
 
-        work, check = _work(source, plan, to, importance)
+        work, check = _work(source, plan, to, importance, refit)
         fingerprints = {file: source.fingerprint(file) for file in work.sources()}
         with partial_output(Path(out), work, fingerprints, _needed_bytes(source, plan)) as partial:
             if partial.journal.done or partial.notes:
@@ -152,7 +156,7 @@ def plan_of(checkpoint, to, recipe, importance=None):
     return make_plan(checkpoint.config, recipe, stored, vision, kept=kept)
 
 
-def _work(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: Imatrix | None):
+def _work(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: Imatrix | None, refit: bool):
     """The work, and a function of the written path and of one to report to that checks it.
 
     Imported here: a plan needs neither.
@@ -169,7 +173,7 @@ def _work(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: Im
     from .to_mlx import folder_work
     from .verify import verify_folder
 
-    return folder_work(checkpoint, plan), lambda path, worked: verify_folder(checkpoint, path, worked)
+    return folder_work(checkpoint, plan, refit), lambda path, worked: verify_folder(checkpoint, path, worked)
 
 
 def _notes(checkpoint):

@@ -75,6 +75,7 @@ def main(argv=None) -> int:
                 dry_run=args.dry_run,
                 verify=args.verify,
                 low_disk=args.low_disk,
+                refit=args.refit,
                 on_event=screen.draw,
             )
     except DgemmaError as error:
@@ -115,6 +116,7 @@ def _parser():
         "--save-recipe", metavar="FILE", help="of recipe auto: where the recipe goes (default: OUT.recipe.json)"
     )
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, from llama.cpp or `convert imatrix`")
+    parser.add_argument("--refit", action="store_true", help="MLX: less error in the same bytes; slower")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; needs only config.json")
     parser.add_argument("--verify", action="store_true", help="reopen the result and report the error per role")
     parser.add_argument(

@@ -14,13 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.config import released_spelling
-from mlx_dgemma.floats import TORCH_NAMES, cast, is_finite
+from mlx_dgemma.floats import TORCH_NAMES, cast, is_finite, to_float32
 from mlx_dgemma.quality import not_finite
 from mlx_dgemma.shards import INDEX
 
 from .checkpoint import Checkpoint
 from .plan import Plan, PlannedTensor, quantization_block
 from .recipes_mlx import Precision
+from .refit import refit
 from .work import Fixed, Job, Place, Work
 from .writer import safetensors_layout
 
@@ -29,23 +30,24 @@ DTYPE_NAMES = {tag: name for name, tag in TORCH_NAMES.items()}
 _free_streams: list[mx.Stream] = []
 
 
-def folder_work(checkpoint: Checkpoint, plan: Plan) -> Work:
-    """The conversion to a folder."""
+def folder_work(checkpoint: Checkpoint, plan: Plan, refitted: bool = False) -> Work:
+    """The conversion to a folder. refitted: fit affine scales and biases to the rounded weights."""
     sizes, fixed, jobs = {}, [], []
     for i, shard in enumerate(plan.shards):
         file = plan.shard_name(i)
         layout = safetensors_layout([array for t in shard for array in t.arrays])
         sizes[file] = layout.size
         fixed.append(Fixed(file, 0, layout.header))
-        jobs += [_job(checkpoint, t, file, layout.offsets) for t in shard]
+        jobs += [_job(checkpoint, t, file, layout.offsets, refitted) for t in shard]
     jobs.sort(key=lambda job: checkpoint.weights[job.stored].start)
     quantizer = f"mlx {mx.__version__}"
     return Work(sizes, tuple(fixed), tuple(jobs), quantizer, lambda folder: _finish(checkpoint, plan, folder))
 
 
-def _job(checkpoint, t: PlannedTensor, file, offsets):
+def _job(checkpoint, t: PlannedTensor, file, offsets, refitted):
     rows = checkpoint.weights.rows(t.source)
     n, row = rows.shape
+    refitted = refitted and t.precision.mode == "affine"
 
     def convert(start, stop):
         piece = rows[start:stop]
@@ -53,11 +55,15 @@ def _job(checkpoint, t: PlannedTensor, file, offsets):
         if t.tensor.role != "vision" and not is_finite(piece, t.stored):
             raise not_finite(t.source, checkpoint.weights[t.source].file)
         if t.precision.is_quantized:
-            return quantize(cast(piece, t.stored, t.kept), t.kept, t.precision)
+            kept = cast(piece, t.stored, t.kept)
+            parts = quantize(kept, t.kept, t.precision)
+            return refit(to_float32(kept, t.kept), *parts[1:], t.kept, t.precision) if refitted else parts
         return (cast(piece, t.stored, t.arrays[0].dtype),)
 
     places = tuple(Place(file, offsets[array.name], array.nbytes // n) for array in t.arrays)
-    form = f"{t.stored} through {t.kept} as {t.precision}, {[array.dtype for array in t.arrays]}"
+    form = (
+        f"{t.stored} through {t.kept} as {t.precision}, {[array.dtype for array in t.arrays]}{', refitted' * refitted}"
+    )
     return Job(t.tensor.mlx, t.source, checkpoint.weights[t.source].file, (n, row), places, convert, form)
 
 

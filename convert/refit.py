@@ -1,0 +1,68 @@
+"""Scales and biases fitted to the rounded weights: less error for the same bytes, with MLX's affine modes.
+
+Shapes   rows (rows, row) float32 in groups of G weights; codes (groups, G) from 0 to 2^bits − 1; code × scale + bias
+Source   least squares between two roundings, as ggml's make_qkx2_quants ends each of its tries; packing as in verify.py
+Differs  mx.quantize lets scale and bias span a group's range, so its extremes are exact and all else pays for it. ggml
+         also tries narrower ranges: a little less error again, for several times the time (docs/log.md)
+"""
+
+import numpy as np
+
+from mlx_dgemma.floats import from_float32, to_float32
+
+from .recipes_mlx import Precision
+
+ROUNDS = 4  # of rounding and fitting; more change little
+
+
+def refit(
+    values: np.ndarray, scales: np.ndarray, biases: np.ndarray, dtype: str, precision: Precision
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Words, scales and biases with at most the error of these scales and biases, which are stored as `dtype`.
+
+    values: (rows, row) float32.
+    """
+    groups = values.reshape(-1, precision.group_size)
+    most = 2**precision.bits - 1
+    scale, bias = (to_float32(a, dtype).reshape(-1, 1) for a in (scales, biases))
+    best = _rounded(groups, scale, bias, most)
+    error, kept = _error(groups, best, scale, bias), [best, scale, bias]
+    for _ in range(ROUNDS):
+        scale, bias = (to_float32(from_float32(a, dtype), dtype) for a in _fit(groups, kept[0], kept[1]))
+        codes = _rounded(groups, scale, bias, most)
+        now = _error(groups, codes, scale, bias)
+        # A fit that the stored type rounds away, or a group that is all one number, may come out worse.
+        better = now < error
+        error = np.where(better, now, error)
+        kept = [np.where(better, new, old) for new, old in zip((codes, scale, bias), kept, strict=True)]
+    codes, scale, bias = kept
+    words = pack(codes.astype(np.uint8).reshape(values.shape), precision.bits)
+    return words, *(from_float32(a, dtype).reshape(scales.shape) for a in (scale, bias))
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes (rows, row) uint8 → words (rows, row × bits / 32) uint32: eight codes in `bits` bytes, the lowest first."""
+    eights = codes.reshape(len(codes), -1, 8).astype(np.uint64)
+    wide = (eights << (np.arange(8, dtype=np.uint64) * np.uint64(bits))).sum(axis=-1, dtype=np.uint64)
+    filled = np.ascontiguousarray(wide[..., None].view(np.uint8)[..., :bits])
+    return filled.reshape(len(codes), -1).view(np.uint32)
+
+
+def _rounded(groups, scale, bias, most):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.rint((groups - bias) / scale)
+    return np.clip(np.nan_to_num(codes, copy=False), 0, most).astype(np.float32)
+
+
+def _error(groups, codes, scale, bias):
+    return np.square(codes * scale + bias - groups).sum(axis=-1, keepdims=True)
+
+
+def _fit(groups, codes, scale):
+    """The scale and bias of least squared error for these codes; the old scale where all codes are equal."""
+    n = groups.shape[-1]
+    mean, mean_code = groups.mean(axis=-1, keepdims=True), codes.mean(axis=-1, keepdims=True)
+    centred = codes - mean_code
+    spread = np.square(centred).sum(axis=-1, keepdims=True)
+    fitted = np.divide((centred * groups).sum(axis=-1, keepdims=True), spread, out=scale.copy(), where=spread > 1 / n)
+    return fitted, mean - fitted * mean_code
