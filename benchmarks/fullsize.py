@@ -23,19 +23,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from convert.api import plan_of
 from convert.checkpoint import open_checkpoint
-from convert.plan import make_plan
-from convert.plan_gguf import make_gguf_plan
 from convert.recipes import DEFAULTS, TARGETS, find_recipe
 from gguf_export.quantize import cores
 from mlx_dgemma.config import parse_config
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.files import check_writable
 from mlx_dgemma.gguf.reader import read_gguf
 from mlx_dgemma.shards import stored_tensors
-from mlx_dgemma.tensors import Tensor, is_vision, text_tensors
+from mlx_dgemma.tensors import is_vision
 
 from .fullsize_make import ROOT, make, released_config, shards_of
-from .fullsize_measure import PIECE, SAMPLE, disk_rates, drop_from_cache, quantizer_rates, watch
+from .fullsize_measure import PIECE, SAMPLE, check_system, disk_rates, drop_from_cache, quantizer_rates, watch
 from .fullsize_report import PACKAGES, markdown, print_result, scaled
 
 MOST_MEMORY = 3_000_000_000
@@ -68,7 +68,10 @@ def parse(argv):
     conversion.add_argument("--json", type=Path, metavar="FILE", help=kept)
     report = commands.add_parser("report", help="Markdown of kept results")
     report.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.command == "make" and options.seed < 0:
+        layout.error(f"--seed is {options.seed}, expected 0 or more")
+    return options
 
 
 def run_make(options) -> int:
@@ -86,14 +89,19 @@ def run_make(options) -> int:
 
 
 def run_convert(options) -> int:
+    check_system()
     recipe = options.recipe or DEFAULTS[options.to]
+    kept = options.json or Path(os.path.abspath(options.dir)).parent / "rehearsal.jsonl"
+    check_writable(kept)
     result = rehearse(options.dir, options.out, options.to, recipe, SAMPLE, PIECE)
     print_result(result)
     line = json.dumps(result)
-    kept = options.json or Path(os.path.abspath(options.dir)).parent / "rehearsal.jsonl"
-    with kept.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    print(line)
+    print(line, flush=True)  # before it is kept: a disk that has filled up meanwhile loses nothing
+    try:
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise DgemmaError(f"{kept}: cannot be written ({error.strerror}); append the line above yourself") from None
     return 1 if "failed" in result["checks"].values() else 0
 
 
@@ -104,7 +112,7 @@ def rehearse(folder: Path, out: Path, to: str, recipe: str, sample: int, piece: 
     """
     checkpoint = open_checkpoint(folder)
     found = find_recipe(recipe, to)
-    plan = make_gguf_plan(checkpoint.config, found) if to == "gguf" else _mlx_plan(checkpoint, found)
+    plan = plan_of(checkpoint, to, found)
     weights = checkpoint.weights.tensors.values()
     files = sorted({t.file for t in weights})
     layers = checkpoint.config.num_hidden_layers
@@ -165,13 +173,6 @@ def rehearse(folder: Path, out: Path, to: str, recipe: str, sample: int, piece: 
     return result | {"checks": checks(result)}
 
 
-def _mlx_plan(checkpoint, recipe):
-    weights = checkpoint.weights
-    vision = tuple(Tensor("vision", None, name, name, "", weights[name].shape) for name in checkpoint.vision)
-    stored = {t.hf: (t.hf, weights[t.hf].dtype) for t in (*text_tensors(checkpoint.config), *vision)}
-    return make_plan(checkpoint.config, recipe, stored, vision)
-
-
 def _command(folder, out, to, recipe, *options):
     paths = [os.path.abspath(path) for path in (folder, out) if path is not None]
     return [sys.executable, "-m", "convert", *paths, "--to", to, "--recipe", recipe, "--json", *options]
@@ -219,14 +220,29 @@ def machine() -> dict:
 
 
 def run_report(options) -> int:
-    results = []
-    for path in options.files:
-        try:
-            results += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise DgemmaError(f"{path}: cannot be read ({error}), expected lines that `convert` has kept") from None
-    print(markdown(results))
+    print(markdown([result for path in options.files for result in _kept(path)]))
     return 0
+
+
+def _kept(path):
+    """The results in a file, each complete enough to be reported."""
+    results = []
+    try:
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                results.append(json.loads(line))
+                _check_result(results[-1], f"{path}, line {i}")
+    except (OSError, ValueError) as error:
+        raise DgemmaError(f"{path}: cannot be read ({error}), expected lines that `convert` has kept") from None
+    return results
+
+
+def _check_result(result, where):
+    try:
+        markdown([result])
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise DgemmaError(f"{where}: is no result ({found}), expected lines that `convert` has kept") from None
 
 
 if __name__ == "__main__":

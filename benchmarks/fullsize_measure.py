@@ -19,6 +19,7 @@ import numpy as np
 
 from convert.plan_gguf import GgufPlan
 from gguf_export.quantize import cores
+from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.floats import to_float32
 from mlx_dgemma.gguf.types import FLOATS
 
@@ -29,6 +30,13 @@ SAMPLE = 2 << 30  # bytes read or written for one rate
 THREADS = (1, 4)  # a disk may need several requests at once to be as fast as it can
 PIECE, REPEAT = 1 << 22, 3  # weights quantized for one rate, and how often
 POLL = 0.1  # seconds between two looks at a process
+CALLS = ("wait4", "preadv", "pwritev")  # of os; Windows has none of them
+
+
+def check_system() -> None:
+    """Raises DgemmaError where a process or a disk cannot be measured."""
+    if missing := [name for name in CALLS if not hasattr(os, name)]:
+        raise DgemmaError(f"this system has no os.{missing[0]}, expected Linux or macOS; rehearse there, or in WSL")
 
 
 class DiskRates(NamedTuple):

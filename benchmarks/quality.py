@@ -22,24 +22,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from convert.examples import NOISE_SHARES
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.files import check_writable
 from mlx_dgemma.units import human_bytes
 
 from . import quality_base as bases
 from .quality_data import DEMO_CANVASES, FILE_CANVASES, check_same_tokens, read_data
 from .quality_engines import load
 from .quality_models import About, about, arithmetic, check_alike
-from .quality_passes import Plan, fill, reference_scores, scores
+from .quality_passes import NotFinite, Plan, fill, reference_scores, scores, why_not_finite
 from .quality_plot import check_plot, plot
-from .quality_report import (
-    check_setting,
-    check_writable,
-    merge,
-    new_report,
-    put,
-    read_report,
-    tables,
-    write_report,
-)
+from .quality_report import check_setting, merge, new_report, put, read_report, tables, write_report
 from .quality_tasks import KNOWN, chosen_tasks, paired, run_tasks
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,8 +99,10 @@ def _redraw(arguments):
 
 def _measure(args) -> list[str]:
     """Measures, prints and draws; returns the candidates that failed."""
-    for path in filter(None, (args.json, args.base)):
-        check_writable(path)
+    if args.json:
+        check_writable(args.json)
+    if args.base and not Path(args.base).is_file():  # one that is there is read only
+        check_writable(args.base)
     if args.plot:
         check_plot(args.plot)
     reference, candidates = about(args.reference), [about(name) for name in args.candidates]
@@ -250,6 +244,8 @@ class Measurement:
         opened = load(model, self.args.device, self.args.threads, self.args.dtype)
         try:
             yield opened
+        except NotFinite:
+            raise why_not_finite(model.path) from None
         finally:
             opened.close()
 

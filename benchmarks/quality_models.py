@@ -14,7 +14,7 @@ from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.gguf.model import open_gguf
 from mlx_dgemma.hub import model_path
 from mlx_dgemma.shards import stored_tensors
-from mlx_dgemma.tensors import text_tensors
+from mlx_dgemma.tensors import is_vision, text_tensors
 from mlx_dgemma.tokenizer import Tokenizer
 
 WHOLE, PIECE, PIECES = 64 << 20, 1 << 16, 256  # a larger file's fingerprint is that of pieces
@@ -73,7 +73,7 @@ def _of_file(path):
 def _of_folder(path):
     """The vision tower, which some folders carry along, is not counted."""
     stored = stored_tensors(path)
-    text = {name: entry for name, entry in stored.items() if "vision" not in name}
+    text = {name: entry for name, entry in stored.items() if not is_vision(name)}
     # What only MLX's layout has: packed weights, or experts with ".weight" at their names.
     mlx = any(name.endswith((".scales", "experts.down_proj.weight")) for name in text)
     files = sorted({entry.file for entry in stored.values()})

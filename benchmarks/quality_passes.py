@@ -6,6 +6,7 @@ Differs  the answer is known: canvases are the right answer with random tokens i
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from convert.examples import NOISE_SHARES, temperature_at
 from mlx_dgemma.config import GenerationConfig, ModelConfig
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.noise import NoiseStream
+from mlx_dgemma.quality import first_bad_tensor, not_finite
 
 from .quality_base import Base
 from .quality_data import Data
@@ -21,6 +23,20 @@ from .quality_engines import Model
 from .quality_scores import PASSES, Sums, by_instance, noisy, ratio, read, score, summary
 
 MOST_ROWS, MOST_LOGITS = 25, 1 << 26  # canvases at once
+
+
+class NotFinite(DgemmaError):
+    """A model says infinity or NaN; `why_not_finite` says more."""
+
+
+def why_not_finite(path: Path) -> DgemmaError:
+    """What to tell of a folder or GGUF whose logits are not finite: reads its weights."""
+    if name := first_bad_tensor(path):
+        return not_finite(name, path)
+    return DgemmaError(
+        f"{path}: logits are not finite, expected numbers; its stored floats are, so try --dtype float32 or another "
+        "engine, or convert the checkpoint again"
+    )
 
 
 class Plan(NamedTuple):
@@ -60,7 +76,7 @@ def readings(model: Model, plan: Plan, share_type, advance: Callable = lambda n:
                     told = None if experts is None else experts[b]
                     reading = read(logits[b], canvases[n].clean, at.sampled, share_type, told)
                     if not np.isfinite(reading.loss).all():
-                        raise DgemmaError("logits are not finite, expected numbers; convert the checkpoint again")
+                        raise NotFinite("logits are not finite, expected numbers")
                     yield n, i, p, at, reading
                 advance(len(rows))
                 before = logits / np.float32(temperature_at(t, plan.settings))

@@ -5,12 +5,11 @@ Differs  a file is rewritten whole after each model and moved into place, so tha
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from mlx_dgemma.config import read_json
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.files import replace_text
 
 FORMAT, VERSION = "dgemma-quality", 1
 HEADLINE = "self_conditioned"  # the pass that a model spends nearly all its steps in
@@ -52,24 +51,7 @@ def _short(value):
 
 def write_report(report: dict, path: str | Path) -> None:
     """Complete or not at all. Raises DgemmaError."""
-    path = Path(path)
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(report, file, indent=1, ensure_ascii=False)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise DgemmaError(f"{path}: cannot be written ({error.strerror}); give a path that can") from None
-
-
-def check_writable(path: str | Path) -> None:
-    """Before hours of work. Raises DgemmaError."""
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "is a folder")
-        tempfile.NamedTemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise DgemmaError(f"{path}: cannot be written ({error.strerror}); give a path that can") from None
+    replace_text(path, json.dumps(report, indent=1, ensure_ascii=False))
 
 
 def put(report: dict, row: dict) -> None:

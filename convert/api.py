@@ -13,7 +13,7 @@ from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.quality import RoleError
 from mlx_dgemma.tensors import Tensor
 
-from .checkpoint import Checkpoint, find_source, open_checkpoint, read_source_config
+from .checkpoint import Checkpoint, changed, find_source, open_checkpoint, read_source_config
 from .imatrix import Imatrix, read_imatrix
 from .low_disk import Fetching, low_disk_source
 from .output import check_free_name
@@ -110,7 +110,7 @@ def convert(
             return lambda name, n: on_event(Worked(phase, name, n))
 
         work, check = _work(source, plan, to, importance, refit)
-        fingerprints = {file: source.fingerprint(file) for file in work.sources()}
+        fingerprints = _unchanged(source, work.sources())
         with partial_output(Path(out), work, fingerprints, _needed_bytes(source, plan)) as partial:
             if partial.journal.done or partial.notes:
                 done = [job.nbytes for job in work.jobs if job.tensor in partial.journal.done]
@@ -174,6 +174,14 @@ def _work(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: Im
     from .verify import verify_folder
 
     return folder_work(checkpoint, plan, refit), lambda path, worked: verify_folder(checkpoint, path, worked)
+
+
+def _unchanged(checkpoint, files):
+    """The files' fingerprints, which are those of the files whose headers were read. Raises DgemmaError."""
+    for file in files:
+        if checkpoint.fingerprint(file) != checkpoint.seen[file]:
+            raise changed(file)
+    return {file: checkpoint.seen[file] for file in files}
 
 
 def _notes(checkpoint):

@@ -15,6 +15,7 @@ from mlx_dgemma.config import ModelConfig
 from mlx_dgemma.tensors import QUANTIZED_ROLES, Tensor, text_tensors
 
 GRID = 50_000  # units that a budget is cut into
+FEWEST = 8  # canvases: fewer say little about what any group does
 TINY = 1e-12  # nats; for logarithms
 
 

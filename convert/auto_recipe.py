@@ -8,6 +8,7 @@ A sensitivity file is JSON: what was measured with, and per group its KL, standa
 """
 
 import dataclasses
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -16,9 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gguf_export.ggml import find_ggml
 from mlx_dgemma.config import read_json
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.files import replace_text
 from mlx_dgemma.gguf.types import FLOATS, TYPES
+from mlx_dgemma.quality import not_finite
 from mlx_dgemma.tensors import Tensor
 from mlx_dgemma.units import human_bytes, parse_bytes
 
@@ -31,6 +35,7 @@ from .plan_gguf import GgufPlan, PlannedTensor
 from .recipes import DEFAULTS, TARGETS, WRITABLE, find_recipe
 from .recipes_mlx import PRECISIONS
 
+LARGEST = 65_504.0  # of float16, in which ggml keeps its scales
 FORMAT = "dgemma-sensitivity 1"
 SENSITIVITY = "sensitivity.json"  # where it is looked for
 SAMPLE = 1 << 16  # weights of a tensor whose error is measured
@@ -108,12 +113,8 @@ def auto_recipe(
     below the smallest size, or the sensitivity is another model's.
     """
     members = grouped(checkpoint.config)
-    if list(members) != list(sensitivity.groups):
-        raise DgemmaError(
-            f"the sensitivity has {len(sensitivity.groups)} groups, expected the {len(members)} of {checkpoint.path}; "
-            f"{AGAIN} on this model"
-        )
-    assessed = assess(checkpoint, plans, steadied(sensitivity.groups), members, on_tensor)
+    _check_belongs(sensitivity, members, checkpoint.path)
+    assessed = assess(checkpoint, plans, steadied(sensitivity.groups), members, to, on_tensor)
     chosen, evidence = {}, {}
     for target, found in assessed.items():
         parameters = plans[target].parameters
@@ -136,34 +137,53 @@ def auto_recipe(
     roles = {key: {t: chosen[t][key].precision for t in chosen if key in chosen[t]} for key in members}
     return {
         "name": "auto",
-        "roles": {key: one if len(one) == len(TARGETS) else one["mlx"] for key, one in roles.items()},
+        "roles": {k: one if len(one) == len(TARGETS) else next(iter(one.values())) for k, one in roles.items() if one},
         "evidence": evidence | {"sensitivity": as_json(sensitivity)},
     }
 
 
-def assess(checkpoint, plans, groups: dict[str, Group], members, on_tensor) -> dict[str, Assessed]:
-    """Bytes and expected KL of every precision for every group."""
-    targets = {to: TARGET[to](checkpoint) for to in TARGETS}
-    options = {to: {} for to in TARGETS}
+def _check_belongs(sensitivity, members, path):
+    for key, tensors in members.items():
+        group = sensitivity.groups.get(key)
+        if group is None or set(group.errors) != {t.gguf_part for t in tensors}:
+            raise DgemmaError(
+                f"the sensitivity lacks {key}, or its tensors, expected those of {path}; {AGAIN} on this model"
+            )
+    if unknown := sorted(set(sensitivity.groups) - set(members)):
+        raise DgemmaError(f"the sensitivity has {unknown[0]}, which {path} has not; {AGAIN} on this model")
+
+
+def assess(checkpoint, plans, groups: dict[str, Group], members, to: str, on_tensor) -> dict[str, Assessed]:
+    """Bytes and expected KL of every precision for every group; of target `to`, and of the other where it is installed.
+
+    A group none of whose precisions can be measured is not chosen for: the plan keeps what it has for it.
+    """
+    there = {"mlx": importlib.util.find_spec("mlx") is not None, "gguf": find_ggml() is not None}
+    targets = {target: TARGET[target](checkpoint) for target in TARGETS if target == to or there[target]}
+    options = {target: {} for target in targets}
     total, done = sum(map(len, members.values())), 0
     for key, tensors in members.items():
-        errors = {to: [] for to in TARGETS}
+        errors = {target: [] for target in targets}
         for tensor in tensors:
             values = sample(checkpoint.values(tensor))
-            for to, target in targets.items():
-                names = {target.actual(tensor, name) for name in target.precisions}
-                errors[to].append({name: squared_error(values, target.rounded(values, name)) for name in names})
+            if not np.isfinite(values).all():
+                raise not_finite(checkpoint.names[tensor.hf], checkpoint.path)
+            for name, target in targets.items():
+                wanted = {target.actual(tensor, p) for p in target.precisions}
+                errors[name].append({p: squared_error(values, target.rounded(values, p)) for p in wanted})
             done += 1
             on_tensor(done, total)
-        for to, target in targets.items():
-            if to == "gguf" and tensors[0].role not in recipes_gguf.GGUF_QUANTIZED_ROLES:
+        for name, target in targets.items():
+            if name == "gguf" and tensors[0].role not in recipes_gguf.GGUF_QUANTIZED_ROLES:
                 continue
-            options[to][key] = _choices(target, tensors, errors[to], groups[key])
+            if choices := _choices(target, tensors, errors[name], groups[key]):
+                options[name][key] = choices
     found = {}
-    for to, plan in plans.items():
-        chosen_here = {t.hf for key in options[to] for t in members[key]}
-        fixed = plan.total_bytes - sum(t.nbytes for t in plan.tensors if t.tensor.hf in chosen_here)
-        found[to] = Assessed(options[to], fixed)
+    for name, groups_here in options.items():
+        chosen_here = {t.hf for key in groups_here for t in members[key]}
+        planned = plans[name]
+        fixed = planned.total_bytes - sum(t.nbytes for t in planned.tensors if t.tensor.hf in chosen_here)
+        found[name] = Assessed(groups_here, fixed)
     return found
 
 
@@ -174,10 +194,12 @@ def _choices(target, tensors, errors, group):
         actual = tuple(target.actual(t, name) for t in tensors)
         fallbacks = sum(got != name for got in actual)
         nbytes = sum(target.nbytes(t, got) for t, got in zip(tensors, actual, strict=True))
-        # Of the group's tensors nobody knows which one cost the probe's KL: each counts as much.
-        probed = [max(group.errors[t.gguf_part], 1e-12) for t in tensors]
-        ratios = [e[got] / probe for e, got, probe in zip(errors, actual, probed, strict=True)]
-        choice = Choice(name, nbytes, group.kl * float(np.mean(ratios)))
+        # Of the group's tensors nobody knows which one cost the probe's KL: each that it changed counts as much.
+        probed = [group.errors[t.gguf_part] for t in tensors]
+        ratios = [e[got] / probe for e, got, probe in zip(errors, actual, probed, strict=True) if probe > 0]
+        choice = Choice(name, nbytes, group.kl * float(np.mean(ratios)) if ratios else 0.0)
+        if not np.isfinite(choice.kl):  # too large for the target's scales
+            continue
         if actual not in found or fallbacks < found[actual][0]:
             found[actual] = fallbacks, choice
     return [choice for _, choice in found.values()]
@@ -227,6 +249,8 @@ def _gguf_target(checkpoint):
     from gguf_export.quantize import quantize
 
     def rounded(values, name):
+        if np.abs(values).max(initial=0) > LARGEST:  # where ggml would end the process
+            return np.full_like(values, np.inf)
         return gguf.dequantize(quantize(values, TYPES[name]), gguf.GGMLQuantizationType[name])
 
     def nbytes(tensor, name):
@@ -272,4 +296,4 @@ def read_sensitivity(path: Path) -> Sensitivity:
 
 
 def write_json(value: dict, path: Path) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

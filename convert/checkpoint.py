@@ -10,9 +10,10 @@ Differs  rows are read when they are asked for, so that a 26B checkpoint costs n
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mlx_dgemma.config import GenerationConfig, ModelConfig, parse_config, read_generation_config, read_json
@@ -22,7 +23,7 @@ from mlx_dgemma.gguf.reader import Value
 from mlx_dgemma.gguf.types import Type
 from mlx_dgemma.gguf.vocabulary import vocabulary_metadata
 from mlx_dgemma.hub import model_path
-from mlx_dgemma.shards import AGAIN, FLOATS, INDEX, Rows, StoredTensor, stored_tensors
+from mlx_dgemma.shards import AGAIN, FLOATS, INDEX, Rows, StoredTensor, shard_files, stored_tensors
 from mlx_dgemma.tensors import Tensor, check_coverage, check_shape, is_ignored, is_vision, text_tensors
 
 from .plan import expected_vision
@@ -92,6 +93,13 @@ def fingerprint(file: Path) -> str:
     return digest.hexdigest()
 
 
+def changed(file: Path) -> DgemmaError:
+    return DgemmaError(
+        f"{file}: changed while it was converted, expected the same file until the end; "
+        "run the conversion again when nothing writes to it any more"
+    )
+
+
 def _at_hand(file: Path) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
@@ -106,6 +114,7 @@ class Checkpoint(NamedTuple):
     holding: file → context manager inside of which the file is there; by default it always is.
     fingerprint: file → a text that changes with the file's content. Asked for every file before the first is entered
         and again for each one before it is left, so for a file that is not there it comes from elsewhere (an etag).
+    seen: the fingerprints from before the headers were read. A plan holds for these files and for no others.
     """
 
     path: Path  # a folder, or a GGUF file
@@ -125,6 +134,7 @@ class Checkpoint(NamedTuple):
     held_bytes: int = 0  # of the disk: what the file in hand takes, where files come and go
     holding: Callable[[Path], AbstractContextManager[None]] = _at_hand
     fingerprint: Callable[[Path], str] = fingerprint
+    seen: Mapping[Path, str] = MappingProxyType({})
 
     def values(self, tensor: Tensor) -> Float32Rows:
         """A text tensor's rows as float32."""
@@ -154,10 +164,11 @@ def open_folder(folder: Path) -> Checkpoint:
     folder = Path(folder)
     read_source_config(folder)  # another model is told by its configuration, before its files are
     _check_series(folder)
+    seen = {file: fingerprint(file) for file in shard_files(folder)}
     weights = Weights(stored_tensors(folder))
     _check_no_gaps(weights)
     check_index(folder, weights)
-    return checkpoint_of(folder, weights)
+    return checkpoint_of(folder, weights)._replace(seen=seen)
 
 
 def checkpoint_of(folder: Path, weights: Weights) -> Checkpoint:

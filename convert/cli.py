@@ -2,12 +2,11 @@
 
 Results go to stdout, the plan and the progress bar to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage,
 130 interrupted; after anything but 0 there is no OUT, and the same command goes on with what OUT.partial keeps.
-`python -m convert imatrix …` is in imatrix_cli.py.
+`python -m convert imatrix …`, `fit …` and `sensitivity …` are in imatrix_cli.py, fit_cli.py and sensitivity_cli.py.
 """
 
 import argparse
 import json
-import re
 import signal
 import sys
 from pathlib import Path
@@ -23,12 +22,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.cli import guarded
 from mlx_dgemma.files import check_writable
 from mlx_dgemma.quality import error_table
 from mlx_dgemma.units import count, human_bytes
 
 from .api import Fetching, Planned, Resumed, convert
+from .output import check_free_name
 from .plan_gguf import GgufPlan
 from .recipes import DEFAULTS, TARGETS
 
@@ -56,14 +56,24 @@ def main(argv=None) -> int:
     to = args.to or ("gguf" if is_gguf else "mlx")
     if args.recipe == "auto" and args.budget is None:
         _parser().error("--recipe auto needs --budget, as 14GB or 4.5bpw")
+    if args.recipe == "auto" and args.tensor_type:
+        _parser().error("--recipe auto chooses for all tensors; leave --tensor-type out, or change the recipe it saves")
     if args.recipe == "auto" and args.low_disk:
         _parser().error("--recipe auto reads all weights to choose, which --low-disk never has; leave one of them out")
     if args.recipe != "auto" and (args.budget or args.sensitivity or args.save_recipe):
         _parser().error("--budget, --sensitivity and --save-recipe belong to --recipe auto")
+    return guarded(lambda: _run(args, to))
+
+
+def _run(args, to):
     console = Console(stderr=True)
     before = signal.signal(signal.SIGTERM, _terminated)  # so that `kill` cleans up as Ctrl-C does
     try:
-        recipe = _chosen(args, to, console) if args.recipe == "auto" else args.recipe
+        recipe = args.recipe
+        if recipe == "auto":
+            from .auto_recipe import write_json
+
+            recipe, save = _chosen(args, to, console), _place_of_recipe(args)
         with _Screen(console, quiet=args.dry_run, verify=args.verify) as screen:
             report = convert(
                 args.src,
@@ -78,15 +88,11 @@ def main(argv=None) -> int:
                 refit=args.refit,
                 on_event=screen.draw,
             )
-    except DgemmaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if args.recipe == "auto" and save is not None:
+            write_json(recipe, Path(save))
     finally:
         signal.signal(signal.SIGTERM, before)
-    try:
-        print(json.dumps(_as_json(report)) if args.json else _as_text(report), flush=True)
-    except BrokenPipeError:  # the reader went away, as in `… | head`; the folder is complete
-        sys.stdout = None
+    print(json.dumps(_as_json(report)) if args.json else _as_text(report))
     return 0
 
 
@@ -142,12 +148,11 @@ def _epilog():
 
 def _chosen(args, to, console):
     """Recipe auto, saved where a later conversion finds it."""
-    from .auto_recipe import SENSITIVITY, choose, write_json
+    from .auto_recipe import SENSITIVITY, choose
 
-    save = args.save_recipe
-    if save is None and args.out is not None:
-        save = re.sub(r"(?i)\.gguf$", "", args.out.rstrip("/")) + ".recipe.json"
-    if save is not None:
+    if args.out is not None:
+        check_free_name(Path(args.out))  # before minutes of work
+    if (save := _place_of_recipe(args)) is not None:
         check_writable(save)
     progress = Progress(TextColumn("errors"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
     task = progress.add_task("errors", total=None)
@@ -161,9 +166,14 @@ def _chosen(args, to, console):
     finally:
         if progress.live.is_started:  # else stopping would print an empty line
             progress.stop()
-    if save is not None:
-        write_json(recipe, Path(save))
     return recipe
+
+
+def _place_of_recipe(args):
+    """Where it is kept: beside OUT, once there is an OUT."""
+    if args.save_recipe is None and not args.dry_run:
+        return args.out.rstrip("/") + ".recipe.json"
+    return args.save_recipe
 
 
 class _Screen:

@@ -55,7 +55,7 @@ def read_examples(path: str | Path) -> list[Example]:
     except UnicodeDecodeError:
         raise DgemmaError(f"{path}: not UTF-8 text; save it as UTF-8 and try again") from None
     if not text.strip():
-        raise DgemmaError(f"{path}: is empty, expected examples; see `python -m convert imatrix --help`")
+        raise DgemmaError(f'{path}: is empty, expected text, or lines of {{"prompt", "answer"}}; give some')
     if path.suffix != ".jsonl":
         return [Example((), text)]
     lines = enumerate(text.split("\n"), start=1)

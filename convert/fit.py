@@ -49,7 +49,7 @@ class Line(NamedTuple):
     need: Need
     room: int
     verdict: str  # "fits", "fewer tokens", "fewer layers" or "too large"
-    tokens: int  # most that fit, a power of two or the model's context; 0: not even one canvas
+    tokens: int  # most known to fit: of doublings, the model's context and the one asked for; 0: not even a canvas
     layers: int | None  # GGUF: layers that fit on the device
 
     @property
@@ -145,13 +145,14 @@ Planner = Callable[[int], tuple[Need, Callable[[int], int] | None]]
 
 def _line(target, name, planner: Planner, room, context, lengths):
     need, layers = planner(context)
-    tokens = 0
-    for n in lengths:
+    fits = need.total <= room.bytes
+    tokens = context if fits else 0
+    for n in (n for n in lengths if (n > context) == fits):
         if planner(n)[0].total > room.bytes:
             break
         tokens = n
     split = layers(room.bytes) if layers and not room.on_cpu else None
-    if need.total <= room.bytes:
+    if fits:
         verdict = "fits"
     elif tokens or split:
         verdict = "fewer tokens" if tokens else "fewer layers"

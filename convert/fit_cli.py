@@ -64,7 +64,7 @@ def _run(args):
 
 def _bytes(text):
     try:
-        return parse_bytes(text)
+        return parse_bytes(text, "GB")
     except ValueError as error:
         raise DgemmaError(f"--memory: {error}") from None
 

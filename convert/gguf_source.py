@@ -16,7 +16,7 @@ from mlx_dgemma.gguf.vocabulary import tokenizer_files
 from mlx_dgemma.shards import Rows, StoredTensor
 from mlx_dgemma.tensors import text_tensors
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, fingerprint
 
 
 class GgufWeights:
@@ -52,6 +52,7 @@ class GgufWeights:
 
 def open_gguf_source(path: Path) -> Checkpoint:
     """Check everything that can be checked without reading the weights. Raises DgemmaError."""
+    seen = {path: fingerprint(path)}
     model = open_gguf(path)
     return Checkpoint(
         path,
@@ -67,6 +68,7 @@ def open_gguf_source(path: Path) -> Checkpoint:
         carried_bytes=path.stat().st_size - sum(t.nbytes for t in model.file.tensors.values()),
         quantized=_quantized_as(model),
         assumed=tuple(key for key in SAMPLER_KEYS if key not in model.file.metadata),
+        seen=seen,
     )
 
 

@@ -6,14 +6,13 @@ after anything but 0 nothing is left behind.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.cli import guarded
 from mlx_dgemma.units import count
 
 from .imatrix import Imatrix, write_imatrix
@@ -31,21 +30,18 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.examples is not None and args.examples < 1:
         _parser().error("--examples must be at least 1")
+    return guarded(lambda: _run(args))
+
+
+def _run(args):
     began = time.monotonic()
-    try:
-        check_free_name(Path(args.out))
-        with appears_when_done(Path(args.out), 0, folder=False) as scratch:  # a wrong place is known before the work
-            imatrix, passages = _collect(args)
-            write_imatrix(imatrix, scratch)
-    except DgemmaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    check_free_name(Path(args.out))
+    with appears_when_done(Path(args.out), 0, folder=False) as scratch:  # a wrong place is known before the work
+        imatrix, passages = _collect(args)
+        write_imatrix(imatrix, scratch)
     report = {"out": args.out, "examples": passages} | summary(imatrix)
     report["seconds"] = round(time.monotonic() - began, 3)
-    try:
-        print(json.dumps(report) if args.json else _as_text(report), flush=True)
-    except BrokenPipeError:  # the reader went away, as in `… | head`; the file is complete
-        sys.stdout = None
+    print(json.dumps(report) if args.json else _as_text(report))
     return 0
 
 

@@ -9,10 +9,15 @@ Differs  a line counts from its line break on; what a killed run left without on
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlx_dgemma.errors import DgemmaError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT, VERSION = "dgemma-journal", 1
 
@@ -68,9 +73,21 @@ class Journal:
         """Nothing made from a file counts: it changed, and is now this."""
         self._append({"source": source.name, "fingerprint": fingerprint, "tensors": []})
 
+    def close(self) -> None:
+        """Before it is removed, where an open file cannot be: on Windows. Elsewhere it is kept: so is its lock."""
+        if fcntl is None:
+            self._file.close()
+
     def _append(self, entry):
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        os.fsync(self._file.fileno())
+        data, end = memoryview(json.dumps(entry).encode() + b"\n"), os.fstat(self._file.fileno()).st_size
+        try:
+            while data:  # a raw write may take less than it is given
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except BaseException:  # a full disk, Ctrl-C: behind half a line no other one would count
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise
 
     def _read(self):
         """The header ({} where there is none of ours) and the entries; the file then ends behind the last good line."""
@@ -91,16 +108,44 @@ def open_journal(path: Path, out: Path) -> Iterator[Journal]:
     """The journal of the conversion to `out`, for this process alone. Raises DgemmaError where another one has it."""
     with path.open("a+b", buffering=0) as file:
         if not _locked(file):
-            raise DgemmaError(
-                f"{out}: another conversion writes it now, expected one at a time; wait for it, or choose another name"
-            )
+            raise _in_use(out)
         yield Journal(file)
 
 
-def _locked(file):
+@contextlib.contextmanager
+def sole_user(path: Path, out: Path) -> Iterator[Callable[[], bool]]:
+    """Inside, this process alone has the file `path`, made for that, until someone removes it.
+
+    Yields a function that says whether it is still there. Raises DgemmaError where another process has it, OSError
+    where it cannot be made. On Windows, which has no such locks, there is no file.
+    """
+    if fcntl is None:
+        yield lambda: True
+        return
+    while True:
+        with path.open("ab") as file:
+            if not _locked(file):
+                raise _in_use(out)
+            if _is_at(file, path):  # whoever had it until now may have removed it
+                yield lambda: _is_at(file, path)
+                return
+
+
+def _is_at(file, path):
     try:
-        import fcntl
-    except ImportError:  # Windows
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _in_use(out):
+    return DgemmaError(
+        f"{out}: another conversion writes it now, expected one at a time; wait for it, or choose another name"
+    )
+
+
+def _locked(file):
+    if fcntl is None:
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

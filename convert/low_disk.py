@@ -5,6 +5,7 @@ Source   mlx_dgemma/hub_files.py fetches and verifies; the headers of all shards
 Differs  the commit is pinned when a conversion begins and kept for the runs that continue it, whatever the repo does
 
 OUT.partial/OUT.source holds the small files, which commit it is, and the shard in hand; it goes when OUT.partial does.
+OUT.partial/OUT.lock is held from before the hub is asked until the end: a run has the journal only once it has a plan.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from mlx_dgemma.shards import AGAIN, INDEX, MAX_HEADER, SIDECARS, StoredTensor, 
 from mlx_dgemma.units import count
 
 from .checkpoint import CARRIED, Checkpoint, Weights, check_index, checkpoint_of
+from .journal import open_journal, sole_user
 from .output import explain, remove, scratch_of
 
 FIRST_BYTES = 1 << 17  # of a shard, asked for first: most headers are shorter
@@ -74,20 +76,39 @@ def low_disk_source(
         with tempfile.TemporaryDirectory() as folder:
             yield _open(_pinned(Path(folder), name), Path(folder), on_event)
         return
-    scratch = scratch_of(out)
-    folder = scratch / f"{out.name}.source"
-    try:
+    with _alone(out) as folder:
         try:
-            if not scratch.is_dir():
-                remove(scratch)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
             checkpoint = _open(_pinned(folder, name), folder, on_event)
         except OSError as error:
             raise explain(error, out, 0) from None
         yield checkpoint
-    finally:
-        if not any(path != folder for path in scratch.glob("*")):  # nothing that another run could continue
-            remove(scratch)
+
+
+@contextlib.contextmanager
+def _alone(out):
+    """OUT.partial/OUT.source, which may not be there yet; inside, no other run touches it. Raises DgemmaError."""
+    scratch = scratch_of(out)
+    folder, lock, journal = (scratch / f"{out.name}.{what}" for what in ("source", "lock", "journal"))
+    with contextlib.ExitStack() as stack:
+        try:
+            if not scratch.is_dir():
+                remove(scratch)
+            scratch.mkdir(parents=True, exist_ok=True)
+            still_ours = stack.enter_context(sole_user(lock, out))
+            if journal.exists():
+                with open_journal(journal, out):  # not a run without --low-disk either
+                    pass
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                scratch.rmdir()  # where it is empty
+            raise explain(error, out, 0) from None
+        try:
+            yield folder
+        finally:
+            # Nothing that another run could continue; and where the lock is gone, the rest may be another run's.
+            if still_ours() and not any(path not in (folder, lock) for path in scratch.glob("*")):
+                remove(scratch)
 
 
 def _pinned(folder, name):
@@ -95,11 +116,11 @@ def _pinned(folder, name):
     path, earlier = folder / PINNED, {}
     with contextlib.suppress(OSError, ValueError):
         earlier = json.loads(path.read_text())
-    if earlier and earlier.get("repo") != name:  # whose files must not be taken for this one's
+    same = earlier.get("repo") == name
+    repo = hub_repo(name, earlier.get("revision") if same else None)
+    if earlier and not same:  # whose files must not be taken for this one's
         remove(folder)
         folder.mkdir()
-        earlier = {}
-    repo = hub_repo(name, earlier.get("revision"))
     path.write_text(json.dumps({"repo": name, "revision": repo.revision}) + "\n")
     return repo
 
@@ -136,12 +157,16 @@ def _open(repo, folder, on_event):
         finally:
             file.unlink(missing_ok=True)
 
+    def fingerprint(file):
+        return f"{repo.name}@{repo.revision} {by_path[file].hash}"
+
     there = sum(file.stat().st_size for file in by_path if file.exists())  # fetched by a run that was killed
     note = f"{repo.name} at commit {repo.revision}: one of {count(len(shards), 'shard')} on the disk at a time"
     return checkpoint_of(folder, weights)._replace(
         name=repo.name.rsplit("/", 1)[-1],
         holding=holding,
-        fingerprint=lambda file: f"{repo.name}@{repo.revision} {by_path[file].hash}",
+        fingerprint=fingerprint,
+        seen={file: fingerprint(file) for file in by_path},
         held_bytes=max(0, max(shard.size for shard in shards) - there),
         notes=(note,),
     )

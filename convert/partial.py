@@ -8,6 +8,7 @@ complete. Where there are none, nothing is left behind.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -56,14 +57,14 @@ def partial_output(out: Path, work: Work, fingerprints: dict[Path, str], needed:
                 yield Partial(path, journal, tuple(notes))
                 check_free_name(out)
                 path.rename(out)
-                journal.done.clear()
             except OSError as error:
                 explained = explain(error, out, _missing(path, needed))
-                raise _say_what_is_kept(explained, scratch, journal, work) from None
+                raise _say_what_is_kept(explained, path, out, journal, work) from None
             except (DgemmaError, KeyboardInterrupt) as error:
-                raise _say_what_is_kept(error, scratch, journal, work) from None
+                raise _say_what_is_kept(error, path, out, journal, work) from None
             finally:
-                if not journal.done:
+                if not journal.done or _has_appeared(path, out):
+                    journal.close()
                     remove(scratch)
     except OSError as error:
         raise explain(error, out, needed) from None
@@ -84,10 +85,15 @@ def _resume(path, journal, work, fingerprints):
     return notes
 
 
-def _say_what_is_kept(error, scratch, journal, work):
-    if not journal.done:
+def _has_appeared(path, out):
+    """Asked of the disk: Ctrl-C may come between the rename and the next line."""
+    return os.path.lexists(out) and not os.path.lexists(path)
+
+
+def _say_what_is_kept(error, path, out, journal, work):
+    if not journal.done or _has_appeared(path, out):
         return error
-    kept = f"{len(journal.done)} of {len(work.jobs)} tensors are kept in {scratch}"
+    kept = f"{len(journal.done)} of {len(work.jobs)} tensors are kept in {path.parent}"
     text = f"{kept}; the same command goes on from there, or delete that folder"
     return type(error)(f"{error}; {text}" if str(error) else text)
 

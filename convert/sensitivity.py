@@ -28,14 +28,13 @@ from mlx_dgemma.session import left_padded
 from mlx_dgemma.tensors import Tensor
 from mlx_dgemma.tokenizer import Tokenizer
 
-from .auto import Group, Sensitivity, grouped
+from .auto import FEWEST, Group, Sensitivity, grouped
 from .calibrate import place
 from .examples import NOISE_SHARES, Example, canvases, check_context, corrupt, temperature_at
 from .recipes_mlx import PRECISIONS, Precision, fallback
 
 PROBE = "q4"
 SLOTS = 32  # of a canvas
-FEWEST = 8  # canvases: fewer say little about what any group does
 LOGITS_AT_ONCE = 1 << 26  # numbers of one batch's logits: 256 MB
 
 
@@ -56,7 +55,7 @@ def measure(
     limit: int | None = None,
     on_event: Callable[[GroupDone], None] = lambda event: None,
 ) -> Sensitivity:
-    """The KL in nats per corrupted slot, for every group of weights rounded to the MLX precision `probe`.
+    """The KL in nats per corrupted slot (SLOTS of a canvas at most), for every group rounded to the MLX `probe`.
 
     model: floats, or packed at more bits than the probe. limit: canvases at most. Raises DgemmaError.
     """
@@ -68,6 +67,7 @@ def measure(
     batches = _batches(found, model, ts, seed)
     reference = [_log_shares(model, batch) for batch in batches]
     members = grouped(model.config)
+    _check_bits(model, members, precision)
     groups = {}
     for key, tensors in members.items():
         with rounded(model, tensors, precision) as error:
@@ -96,6 +96,21 @@ def rounded(model: DiffusionGemma, tensors: list[Tensor], precision: Precision) 
             parent[name] = module
 
 
+def _check_bits(model, members, precision):
+    """Weights that the probe leaves about as they are seem to cost nothing, and would get anything."""
+    for tensor in (t for tensors in members.values() for t in tensors):
+        parent, name = place(model, tensor)
+        if "scales" in parent[name] and (bits := _bits(parent[name])) <= precision.bits:
+            raise DgemmaError(
+                f"{tensor.gguf} is stored in {bits} bits, expected more than the {precision.bits} of {precision.name}; "
+                "measure the original or an 8-bit copy, or with a lower --probe"
+            )
+
+
+def _bits(module):
+    return module.packing.bits if isinstance(module, PackedLinear) else module.bits
+
+
 def _at(module, precision):
     """A module of the same kind, and the relative squared error of its weights."""
     how = {"group_size": precision.group_size, "bits": precision.bits, "mode": precision.mode}
@@ -104,7 +119,8 @@ def _at(module, precision):
         return module, 0.0
     weight = _floats(module) if packed else module.weight
     values = mx.dequantize(*mx.quantize(weight, **how), **how).astype(weight.dtype)
-    error = mx.square((values - weight).astype(mx.float32)).sum() / mx.square(weight.astype(mx.float32)).sum()
+    squared = mx.square(weight.astype(mx.float32)).sum()
+    error = mx.square((values - weight).astype(mx.float32)).sum() / mx.where(squared > 0, squared, 1)
     if isinstance(module, PackedLinear):
         twin = type(module)(weight, Packing(**how))
     elif packed:

@@ -6,16 +6,15 @@ after anything but 0 nothing is left behind.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.cli import guarded
 
-from .auto import Sensitivity
+from .auto import FEWEST, Sensitivity
 from .auto_recipe import SENSITIVITY, as_json, write_json
 from .imatrix_cli import EPILOG
 from .output import appears_when_done
@@ -26,24 +25,21 @@ CANVASES = 64
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    if args.canvases < 1:
-        _parser().error("--canvases must be at least 1")
+    if args.canvases < FEWEST:
+        _parser().error(f"--canvases must be at least {FEWEST}: fewer say little about any group")
+    return guarded(lambda: _run(args))
+
+
+def _run(args):
     began = time.monotonic()
-    try:
-        with appears_when_done(Path(args.out), 0, folder=False) as scratch:  # a wrong place is known before the work
-            sensitivity = measure_model(args.model, args.data, args.canvases, args.probe, args.seed)
-            write_json(as_json(sensitivity), scratch)
-    except DgemmaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with appears_when_done(Path(args.out), 0, folder=False) as scratch:  # a wrong place is known before the work
+        sensitivity = measure_model(args.model, args.data, args.canvases, args.probe, args.seed)
+        write_json(as_json(sensitivity), scratch)
     seconds = round(time.monotonic() - began, 3)
-    try:
-        if args.json:
-            print(json.dumps({"out": args.out, "seconds": seconds} | as_json(sensitivity)), flush=True)
-        else:
-            print(f"{_table(sensitivity)}\n{args.out}: {len(sensitivity.groups)} groups, {seconds:.1f} s", flush=True)
-    except BrokenPipeError:  # the reader went away, as in `… | head`; the file is complete
-        sys.stdout = None
+    if args.json:
+        print(json.dumps({"out": args.out, "seconds": seconds} | as_json(sensitivity)))
+    else:
+        print(f"{_table(sensitivity)}\n{args.out}: {len(sensitivity.groups)} groups, {seconds:.1f} s")
     return 0
 
 
@@ -81,7 +77,10 @@ def _parser():
         "--canvases", type=int, default=CANVASES, metavar="N", help=f"blocks of answers looked at (default: {CANVASES})"
     )
     add(
-        "--probe", choices=[p.name for p in PRECISIONS.values() if p.is_quantized], help="precision tried (default: q4)"
+        "--probe",
+        choices=[p.name for p in PRECISIONS.values() if p.is_quantized],
+        metavar="P",
+        help="MLX precision that is tried (default: q4)",
     )
     add("--seed", type=int, default=0, help="chooses the noise (default 0)")
     add("--json", action="store_true", help="print the result as one JSON object")
@@ -93,4 +92,9 @@ def _table(sensitivity: Sensitivity) -> str:
     groups = sorted(sensitivity.groups.items(), key=lambda item: -item[1].kl)
     lines = [f"{'group':<26}{'KL, nats per slot':>20}{'standard error':>18}"]
     lines += [f"{key:<26}{group.kl:>20.3e}{group.standard_error:>18.1e}" for key, group in groups]
+    if sum(g.standard_error > g.kl / 2 for g in sensitivity.groups.values()) > len(groups) / 2:
+        lines.append(
+            f"note: after {sensitivity.canvases} canvases most standard errors are more than half of the KL they belong to; "
+            "more examples (and --canvases) make a better recipe"
+        )
     return "\n".join(lines)

@@ -40,7 +40,7 @@ def folder_work(checkpoint: Checkpoint, plan: Plan, refitted: bool = False) -> W
         fixed.append(Fixed(file, 0, layout.header))
         jobs += [_job(checkpoint, t, file, layout.offsets, refitted) for t in shard]
     jobs.sort(key=lambda job: checkpoint.weights[job.stored].start)
-    quantizer = f"mlx {mx.__version__}"
+    quantizer = f"mlx {mx.__version__}" + f", numpy {np.__version__}" * refitted  # refit.py computes with numpy
     return Work(sizes, tuple(fixed), tuple(jobs), quantizer, lambda folder: _finish(checkpoint, plan, folder))
 
 

@@ -24,9 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gguf_export.quantize import cores
-from mlx_dgemma.errors import DgemmaError
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, changed
 from .journal import Journal
 
 PIECE = 1 << 21  # weights: 8 MB in float32
@@ -130,10 +129,7 @@ def do(work: Work, root: Path, checkpoint: Checkpoint, journal: Journal, wrote: 
                 _do_file(pool, jobs, files, lambda tensors, source=source: journal.add(source, tensors), wrote)
                 if (now := checkpoint.fingerprint(source)) != journal.fingerprints[source]:
                     journal.forget(source, now)
-                    raise DgemmaError(
-                        f"{source}: changed while it was converted, expected the same file until the end; "
-                        "run the conversion again when nothing writes to it any more"
-                    )
+                    raise changed(source)
         for file in files.values():
             file.sync()
     work.finish(root)

@@ -116,25 +116,47 @@ class Plan(NamedTuple):
         rows = [plan(self.weights, *pair[:1], split, pair[1]) for pair in zip(self.graphs, self.computes, strict=True)]
         return max((row.need for row in rows), key=lambda need: need.total)
 
+    def host_need(self, on_device: int | None) -> Need:
+        """What the CPU holds of a split: the other layers, and their keys and values.
+
+        Not what it computes in: ggml's scheduler decides which of a graph's results lie where.
+        """
+        split = Split.of(self.n_layers, on_device)
+        stored = ([x for x in graph.leaves.values() if x.kind == "persistent"] for graph in self.graphs)
+        weights, *prefixes = (
+            sum(leaf.spec.nbytes for leaf in leaves if not split.on_device(leaf.name))
+            for leaves in (self.weights, *stored)
+        )
+        return Need(weights, max(prefixes), 0)
+
     def most_layers(self, room: int) -> int:
         """The most layers that fit beside what is no layer's; 0 where not even one does."""
         return next((n for n in range(self.n_layers, 0, -1) if self.need(n).total <= room), 0)
 
 
 def refusal_of(
-    plan_for: Callable[[int], Plan], tokens: int, device: Device, on_device: int | None, parameters: int, least: int
+    plan_for: Callable[[int], Plan],
+    tokens: int,
+    device: Device,
+    host: Device,
+    on_device: int | None,
+    parameters: int,
+    least: int,
 ) -> str | None:
     """Why so many tokens do not fit, and what would; None where they do, or nobody says how much memory there is.
 
     A device that maps the file must hold its pages all the same: a step reads every weight, and what memory has no
-    room for comes from the disk each time. parameters: of the model. least: tokens, a canvas.
+    room for comes from the disk each time. host: the CPU, which has the layers that are not on the device, and all that
+    is no layer's where it has every layer. parameters: of the model. least: tokens, a canvas.
     """
-    if device.total == 0 or on_device == 0:
-        return None
+    if on_device == 0:
+        device = host
+    if device.kind == "cpu":
+        on_device = None  # a CPU is not split with itself
     plan = plan_for(tokens)
     need, advice = plan.need(on_device), []
-    if need.total <= device.free:
-        return None
+    if device.total == 0 or need.total <= device.free:
+        return _host_refusal(plan_for, tokens, device, host, on_device, least)
     layers = plan.most_layers(device.free)
     if layers and device.kind != "cpu":
         advice.append(f"--n-gpu-layers {layers} would fit")
@@ -150,3 +172,20 @@ def refusal_of(
     n = count(plan.n_layers if on_device is None else min(on_device, plan.n_layers), "layer")
     what = f"{tokens} tokens and {n}"
     return refusal(need, device.free, f"{device.name} has {human_bytes(device.free)} free", what, advice)
+
+
+def _host_refusal(plan_for, tokens, device, host, on_device, least):
+    """The same of the CPU's side of a split."""
+    plan = plan_for(tokens)
+    if on_device is None or host.total == 0 or plan.host_need(on_device).total <= host.free:
+        return None
+    need, advice = plan.host_need(on_device), []
+    both = (n for n in range(on_device + 1, plan.n_layers + 1) if plan.host_need(n).total <= host.free)
+    if (layers := next(both, None)) and (device.total == 0 or plan.need(layers).total <= device.free):
+        advice.append(f"--n-gpu-layers {layers} would fit")
+    if most := most_tokens(lambda n: plan_for(n).host_need(on_device), host.free, tokens - 1, least):
+        advice.append(f"ask for fewer tokens ({most} would fit, prompt and answer)")
+    if not advice:
+        advice.append("choose a smaller recipe, see `python -m convert fit`")
+    what = f"{tokens} tokens and the {count(plan.n_layers - on_device, 'layer')} that {device.name} does not take"
+    return refusal(need, host.free, f"{host.name} has {human_bytes(host.free)} free", what, advice)

@@ -24,7 +24,7 @@ from mlx_dgemma.units import count
 from .choices import chosen_options
 from .description import Graph, Leaf, Shape, chain, rounded
 from .description_form import check_form
-from .devices import check_version, choose, open_ggml
+from .devices import check_version, choose, cpu, devices, open_ggml
 from .executor import Executor
 from .expansion import expand
 from .forecast import RUN, plan_of, slots_of_sliding, stored_leaves
@@ -340,7 +340,8 @@ class Runner:
             return plan_of(self.graph, self.config, n, library)
 
         Split.of(self.config.num_hidden_layers, on_device)
-        return refusal_of(plan_for, tokens, device, on_device, parameters, self.config.canvas_length)
+        host = cpu(devices(library))
+        return refusal_of(plan_for, tokens, device, host, on_device, parameters, self.config.canvas_length)
 
     def persistent(self, shape: Shape) -> list[Leaf]:
         """What a batch of this shape keeps between graphs."""

@@ -5,15 +5,20 @@ Source   the usual relative root-mean-square error; both verifiers (MLX folder, 
 """
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .errors import DgemmaError
-from .tensors import ROLES
+from .floats import is_finite
+from .gguf.reader import read_gguf
+from .shards import FLOATS, Rows, StoredTensor, stored_tensors
+from .tensors import ROLES, is_ignored, is_vision
 
 # Far above what any type loses on real weights (2 bits: about 0.3), far below scrambled ones (about 1.4).
 MAX_RELATIVE_ERROR = 0.6
+SCANNED = 1 << 22  # numbers looked at in one piece
 
 
 class RoleError(NamedTuple):
@@ -53,6 +58,30 @@ def check_source(values: np.ndarray, name: str, file) -> None:
 
 def not_finite(name: str, file) -> DgemmaError:
     return DgemmaError(f"{file}: {name} holds infinity or NaN, expected numbers; download the checkpoint again")
+
+
+def first_bad_tensor(path: str | Path) -> str | None:
+    """The first stored tensor of a folder's or GGUF's text model that holds infinity or NaN; None where none does.
+
+    Of what is packed, scales and biases of a folder are looked at, blocks of a GGUF are not. Reads all floats, a piece
+    at a time. Raises DgemmaError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors = stored_tensors(path)
+    else:
+        found = read_gguf(path).tensors
+        tensors = {name: StoredTensor(path, t.type.name, t.shape, t.start, t.nbytes) for name, t in found.items()}
+    for name, t in tensors.items():
+        # Nothing computes with the vision tower, and a clipping bound of it may be infinite.
+        if t.dtype in FLOATS and not is_vision(name) and not is_ignored(name) and not _is_finite(Rows(t)):
+            return name
+    return None
+
+
+def _is_finite(rows):
+    n = max(1, SCANNED // max(rows.shape[1], 1))
+    return all(is_finite(rows[i : i + n], rows.stored.dtype) for i in range(0, len(rows), n))
 
 
 def role_errors(by_role: dict[str, list[TensorError]]) -> list[RoleError]:

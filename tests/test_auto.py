@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,7 @@ from convert.recipes_mlx import PRECISIONS
 from demo.tasks import TASKS, held_out
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.noise import NoiseStream
+from mlx_dgemma.shards import stored_tensors
 
 DEMO = "demo/checkpoint"
 groups_of_choices = st.lists(
@@ -142,6 +144,13 @@ def test_packed_modules_are_rounded_as_floats_are(loaded, tmp_path):
         assert errors == pytest.approx(wanted, rel=0.05)
 
 
+def test_a_group_that_the_probe_leaves_as_it_is_cannot_be_measured(tmp_path, examples):
+    convert(DEMO, tmp_path / "q4", recipe="q4")
+    model, tokenizer = mlx_dgemma.load(tmp_path / "q4", mx.float32)
+    with pytest.raises(DgemmaError, match=r"self_cond_gate.weight is stored in 4 bits, expected more than the 4"):
+        sensitivity.measure(model, tokenizer, examples, "q4", ts=(0.5,), limit=8)
+
+
 def test_little_text_is_an_error(loaded, examples):
     model, tokenizer = loaded
     with pytest.raises(DgemmaError, match="3 canvases, expected at least 8"):
@@ -238,6 +247,61 @@ def test_a_budget_that_is_too_small_says_the_smallest(saved, capsys):
         assert f"the smallest possible size for --to {to} is" in error
 
 
+@pytest.mark.parametrize("missing", ["mlx", "gguf"])
+def test_without_the_other_targets_library_there_is_one_choice(saved, tmp_path, monkeypatch, missing, capsys):
+    if missing == "gguf":
+        monkeypatch.setattr(auto_recipe, "find_ggml", lambda: None)
+    else:
+        monkeypatch.setattr(auto_recipe.importlib.util, "find_spec", lambda name: None)
+    to = {"mlx": "gguf", "gguf": "mlx"}[missing]
+    recipe = tmp_path / "recipe.json"
+    arguments = [DEMO, "--to", to, "--dry-run", "--recipe", "auto", "--budget", "3MB", "--sensitivity", str(saved)]
+    assert main([*arguments, "--save-recipe", str(recipe)]) == 0
+    raw = json.loads(recipe.read_text())
+    assert all(isinstance(value, str) for value in raw["roles"].values()) and missing not in raw["evidence"]
+    for target in ("mlx", "gguf"):
+        assert main([DEMO, "--to", target, "--dry-run", "--recipe", str(recipe)]) == 0
+
+
+def test_weights_that_are_no_numbers_are_named(saved, tmp_path, capsys):
+    source = bad_source(tmp_path, np.uint16(0x7FC0))
+    arguments = [str(source), "--to", "mlx", "--dry-run", "--recipe", "auto", "--budget", "3MB"]
+    assert main([*arguments, "--sensitivity", str(saved)]) == 1
+    assert "layers.2.experts.down_proj holds infinity or NaN" in capsys.readouterr().err
+
+
+def test_weights_beyond_ggmls_scales_are_left_to_the_conversion(saved, tmp_path, capsys):
+    source = bad_source(tmp_path, np.uint16(0x7F00))  # 1.7e38
+    recipe = tmp_path / "recipe.json"
+    arguments = [str(source), "--to", "gguf", "--dry-run", "--recipe", "auto", "--budget", "4MB"]
+    assert main([*arguments, "--sensitivity", str(saved), "--save-recipe", str(recipe)]) == 0
+    chosen = json.loads(recipe.read_text())["roles"]
+    assert isinstance(chosen.get("blk.2.ffn_down_exps", ""), str)  # for MLX alone
+    assert sum(isinstance(value, dict) for value in chosen.values()) == 32 - 6 - 1
+
+
+def bad_source(tmp_path, number):
+    """The demo with one number of an expert replaced."""
+    source = tmp_path / "source"
+    shutil.copytree(DEMO, source)
+    stored = stored_tensors(source)["model.decoder.layers.2.experts.down_proj"]
+    with stored.file.open("r+b") as f:
+        f.seek(stored.start)
+        f.write(number.tobytes())
+    return source
+
+
+def test_a_taken_name_is_refused_before_the_choice_and_its_recipe_stays(saved, tmp_path, capsys):
+    out = tmp_path / "out.gguf"
+    arguments = [DEMO, str(out), "--recipe", "auto", "--sensitivity", str(saved)]
+    assert main([*arguments, "--budget", "3MB"]) == 0
+    recipe = tmp_path / "out.gguf.recipe.json"
+    before = recipe.read_bytes()
+    assert main([*arguments, "--budget", "4MB"]) == 1
+    assert "already exists" in capsys.readouterr().err
+    assert recipe.read_bytes() == before
+
+
 def test_expected_kl_falls_with_the_budget(saved, tmp_path):
     expected = []
     for i, budget in enumerate(("3.2bpw", "4bpw", "6bpw")):
@@ -265,13 +329,13 @@ def test_expected_kl_falls_with_the_budget(saved, tmp_path):
 
 @pytest.mark.parametrize("text, expected", [
     ("14GB", Budget(14e9, False)), ("13 GiB", Budget(13 * 2**30, False)), ("4.5bpw", Budget(4.5, True)),
-    ("4.5 BPW", Budget(4.5, True)), ("14", Budget(14e9, False)),
+    ("4.5 BPW", Budget(4.5, True)), ("500000 B", Budget(5e5, False)),
 ])  # fmt: skip
 def test_budgets(text, expected):
     assert parse_budget(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "many", "0GB", "0bpw", "33bpw", "-1GB", "14 potatoes"])
+@pytest.mark.parametrize("text", ["", "many", "14", "3000000", "0GB", "0bpw", "33bpw", "-1GB", "14 potatoes"])
 def test_wrong_budgets(text):
     with pytest.raises(DgemmaError, match="--budget is"):
         parse_budget(text)
@@ -280,6 +344,7 @@ def test_wrong_budgets(text):
 @pytest.mark.parametrize("arguments, message", [
     (["--recipe", "auto"], "--budget"), (["--budget", "3MB"], "--recipe auto"),
     (["--recipe", "q4", "--save-recipe", "x"], "--recipe auto"),
+    (["--recipe", "auto", "--budget", "3MB", "--tensor-type", "expert=q8"], "--tensor-type"),
 ])  # fmt: skip
 def test_options_that_belong_together(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:
@@ -300,7 +365,7 @@ def test_a_sensitivity_of_another_model(saved, tmp_path, capsys):
     del raw["groups"]["blk.0.expert" if "blk.0.expert" in raw["groups"] else "blk.0.ffn_down_exps"]
     saved.write_text(json.dumps(raw))
     assert main([DEMO, "--dry-run", "--recipe", "auto", "--budget", "3MB", "--sensitivity", str(saved)]) == 1
-    assert "groups, expected the 32" in capsys.readouterr().err
+    assert "the sensitivity lacks blk.0.ffn_down_exps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [

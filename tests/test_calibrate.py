@@ -283,7 +283,7 @@ def test_a_wrong_line_is_named(tmp_path, line, message):
 def test_a_wrong_file_is_named(tmp_path):
     with pytest.raises(DgemmaError, match="x.txt: cannot be read"):
         read_examples(tmp_path / "x.txt")
-    with pytest.raises(DgemmaError, match="x.txt: is empty, expected examples"):
+    with pytest.raises(DgemmaError, match="x.txt: is empty, expected text, or lines"):
         read_examples(lines(tmp_path / "x.txt", " \n"))
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DgemmaError, match="x.txt: not UTF-8 text"):

@@ -25,6 +25,8 @@ from mlx_dgemma.config import parse_config, read_json
 from mlx_dgemma.engine import MlxEngine
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.fits import Activations, Need, mlx_need, mlx_step, most_tokens
+from mlx_dgemma.gguf.model import open_gguf
+from mlx_dgemma.units import human_bytes
 from tests.graph_runners import runner_of
 from tests.tiny import write_json
 from tests.tiny_gguf import make_tiny_gguf
@@ -281,6 +283,17 @@ def test_json_holds_the_same_numbers(capsys, real):
     assert q4["prefix"] == fits.prefix_bytes(real, 1, 8192, 2)
 
 
+def test_what_fits_is_never_less_than_what_was_asked_for(capsys):
+    """20,000 tokens lie between two of the lengths that are tried."""
+    code, out, _ = run(capsys, "--memory", "18GB", "--context", "20000", "--json")
+    rows = json.loads(out)["recipes"]
+    assert code == 0 and {"fits", "fewer tokens"} <= {row["verdict"] for row in rows}
+    for row in rows:
+        assert (row["tokens"] >= 20_000) == (row["verdict"] == "fits"), row
+    q4 = next(row for row in rows if row["recipe"] == "q4")
+    assert (q4["verdict"], q4["tokens"]) == ("fits", 20_000)
+
+
 def test_a_json_recipe_and_this_machine(capsys, tiny, tmp_path):
     write_json(tmp_path / "mine.json", {"name": "mine", "roles": {"expert": "q3"}})
     code, out, err = run(capsys, tiny, "--recipe", tmp_path / "mine.json")
@@ -440,6 +453,47 @@ def test_ggml_goes_on_where_it_is_told_to(tmp_path, capsys, monkeypatch):
     assert gguf_main([*arguments, "--allow-overcommit"]) == 0
     printed = capsys.readouterr()
     assert printed.err.startswith("note: CPU has 100.00 kB free, expected ") and printed.out
+
+
+def small_devices(monkeypatch, card_free, host_free):
+    """A card and a CPU with so many bytes; nobody may read weights. Both compute on the CPU that is here."""
+    import gguf_export.runner as module
+
+    host = choose(open_ggml(), "CPU")
+    card = host._replace(name="GPU0", kind="gpu", free=card_free, total=card_free)
+    monkeypatch.setattr(module, "choose", lambda library, device: card if device == "auto" else host)
+    monkeypatch.setattr(module, "devices", lambda library: [card, host._replace(free=host_free, total=host_free)])
+    monkeypatch.setattr(module.Executor, "load", lambda *_: pytest.fail("weights were read"))
+
+
+def test_no_layers_on_the_device_is_all_on_the_cpu(tmp_path, capsys, monkeypatch):
+    path = make_tiny_gguf(tmp_path / "tiny.gguf")
+    small_devices(monkeypatch, 1 << 40, 100_000)
+    assert gguf_main(["run", "--model", str(path), "--prompt", "say", "--n-gpu-layers", "0"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: CPU has 100.00 kB free, expected ") and err.count("\n") == 1
+    whole = forecast(open_gguf(path), True, None)(256).need().weights
+    assert f"weights {human_bytes(whole)}" in err and "--n-gpu-layers" not in err
+
+
+def test_the_cpus_side_of_a_split_counts(tmp_path, capsys, monkeypatch):
+    path = make_tiny_gguf(tmp_path / "tiny.gguf")
+    plan = forecast(open_gguf(path), False, None)(256)
+    layers = plan.n_layers
+    whole, one = plan.need(), plan.host_need(layers - 1)
+    assert plan.host_need(layers) == Need(0, 0, 0)
+    for n in range(layers):  # what is not on one side is on the other
+        assert plan.need(n).weights + plan.host_need(n).weights == whole.weights
+        assert plan.need(n).prefix + plan.host_need(n).prefix == whole.prefix
+    small_devices(monkeypatch, 1 << 40, one.total)
+    arguments = ["run", "--model", str(path), "--prompt", "say", "--max-tokens", "16", "--n-gpu-layers"]
+    assert gguf_main([*arguments, "1"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: CPU has {human_bytes(one.total)} free, expected ") and err.count("\n") == 1
+    assert f"the {layers - 1} layers that GPU0 does not take" in err
+    assert f"--n-gpu-layers {layers - 1} would fit" in err
+    with pytest.raises(pytest.fail.Exception, match="weights were read"):
+        gguf_main([*arguments, str(layers - 1)])
 
 
 def test_a_runner_sets_aside_what_it_will_need(tmp_path):

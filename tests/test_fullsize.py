@@ -222,3 +222,47 @@ def test_a_conversion_that_fails(tmp_path, capsys):
     assert "config.json: not found" in capsys.readouterr().err
     assert fullsize.main(["report", str(tmp_path / "none")]) == 1
     assert "expected lines that `convert` has kept" in capsys.readouterr().err
+
+
+def test_a_place_for_the_result_is_looked_at_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fullsize, "rehearse", lambda *_: pytest.fail("rehearsed"))
+    assert fullsize.main(["convert", "in", "out", "--json", str(tmp_path / "none/x")]) == 1
+    error = capsys.readouterr().err
+    assert "none/x: cannot be written" in error and error.count("\n") == 1
+
+
+def test_a_result_is_printed_even_where_it_can_no_longer_be_kept(tmp_path, monkeypatch, capsys):
+    (tmp_path / "kept").mkdir()
+
+    def rehearse(*_):
+        (tmp_path / "kept").rmdir()
+        return {"checks": {}}
+
+    monkeypatch.setattr(fullsize, "rehearse", rehearse)
+    monkeypatch.setattr(fullsize, "print_result", lambda result: None)
+    assert fullsize.main(["convert", "in", "out", "--json", str(tmp_path / "kept/x")]) == 1
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"checks": {}}
+    assert "kept/x: cannot be written" in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ['{"a": 1}', "[]", "3", '{"checks": {}, "floor_seconds": 3}', "{"])
+def test_lines_of_another_program_are_refused(line, tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text("\n" + line + "\n")
+    assert fullsize.main(["report", str(tmp_path / "x.jsonl")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith(f"error: {tmp_path / 'x.jsonl'}")
+    assert "expected lines that `convert` has kept" in printed.err and printed.err.count("\n") == 1
+
+
+def test_a_negative_seed_is_wrong_usage(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        fullsize.main(["make", str(tmp_path / "full"), "--seed", "-1"])
+    assert stopped.value.code == 2 and "--seed is -1, expected 0 or more" in capsys.readouterr().err
+
+
+def test_a_system_that_cannot_measure_says_so_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr("os.wait4")
+    monkeypatch.setattr(fullsize, "rehearse", lambda *_: pytest.fail("rehearsed"))
+    assert fullsize.main(["convert", "in", "out", "--json", str(tmp_path / "x")]) == 1
+    assert "error: this system has no os.wait4, expected Linux or macOS" in capsys.readouterr().err

@@ -10,12 +10,19 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.fullsize_make import RELEASED, released_config, shards_of
 from convert import convert
+from convert.api import _needed_bytes
+from convert.journal import open_journal
 from convert.low_disk import low_disk_source
+from convert.plan import plan_from_config
+from convert.recipes import find_recipe
 from mlx_dgemma import hub_files
+from mlx_dgemma.config import parse_config
 from mlx_dgemma.errors import DgemmaError
 from tests.hub_server import Fault, Hub, hashes
 from tests.tiny import make_tiny_checkpoint, write_json
@@ -304,6 +311,47 @@ def test_another_repo_takes_over_nothing(hub, folder, tmp_path):
     assert not (tmp_path / "out/NOTICE").exists()
 
 
+def test_a_second_run_touches_nothing_of_the_first(hub, folder, tmp_path):
+    """With another repo's id, before the first one has a journal and while it converts."""
+    found = []
+
+    def second(_):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(DgemmaError, match="out: another conversion writes it now, expected one at a time"):
+            convert("someone/other", tmp_path / "out", low_disk=True)
+        found.append(sorted(tmp_path.rglob("*")) == before)
+
+    with low_disk_source(REPO, tmp_path / "out"):
+        second(None)
+    hub.on_body = second
+    convert(REPO, tmp_path / "out", low_disk=True)
+    assert found == [True] * 4
+    hub.on_body = lambda file: None
+    convert(folder, tmp_path / "want")
+    assert [*content(tmp_path / "out").values()] == [*content(tmp_path / "want").values()]
+    assert left_behind(tmp_path) == ["out", "want"]
+
+
+def test_a_run_from_a_local_folder_is_not_touched_either(hub, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with (
+        open_journal(tmp_path / "out.partial/out.journal", tmp_path / "out"),
+        pytest.raises(DgemmaError, match="out: another conversion writes it now"),
+    ):
+        convert(REPO, tmp_path / "out", low_disk=True)
+    assert not hub.requests
+
+
+def test_a_repo_that_is_not_there_costs_nothing_of_another_one(hub, tmp_path):
+    hub.faults.append(Fault("corrupt", SHARDS[1], times=2))
+    with pytest.raises(DgemmaError, match="wrong twice"):
+        convert(REPO, tmp_path / "out", low_disk=True)
+    before = content(tmp_path / "out.partial")
+    with pytest.raises(DgemmaError, match="someone/else: neither a local folder nor a repo on the hub"):
+        convert("someone/else", tmp_path / "out", low_disk=True)
+    assert content(tmp_path / "out.partial") == before
+
+
 # Usage.
 
 
@@ -347,3 +395,13 @@ def test_too_little_disk(hub, folder, tmp_path, monkeypatch):
     assert 0 < needed - output - max((folder / name).stat().st_size for name in SHARDS) < 200_000
     assert not hub.bodies()
     assert not left_behind(tmp_path)
+
+
+def test_the_released_model_as_q4_needs_less_than_25_gb():
+    raw = released_config()
+    config = parse_config(raw)
+    plan = plan_from_config(raw, config, find_recipe("q4", "mlx"), RELEASED)
+    largest = max(sum(2 * t.size for t in shard) for shard in shards_of(config))
+    source = SimpleNamespace(carried_bytes=40_000_000, held_bytes=largest)
+    assert 4_000_000_000 < largest < 5_000_000_000
+    assert _needed_bytes(source, plan) == plan.total_bytes + 300 * plan.array_count + largest + 40_000_000 < 25e9

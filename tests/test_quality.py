@@ -12,14 +12,18 @@ import mlx_dgemma
 from benchmarks import quality, quality_base, quality_plot
 from benchmarks.quality_data import read_data
 from benchmarks.quality_engines import load
-from benchmarks.quality_models import about, check_alike
+from benchmarks.quality_models import _of_folder, about, check_alike
 from benchmarks.quality_passes import Plan, fill, reference_scores, scores
-from benchmarks.quality_report import kl_of, read_report
+from benchmarks.quality_report import kl_of, new_report, read_report, write_report
 from benchmarks.quality_tasks import normal, paired, run_tasks, summary_of
 from convert import convert
 from demo.evaluate import Answer, loops
 from mlx_dgemma.errors import DgemmaError
-from tests.tiny import make_tiny_checkpoint
+from mlx_dgemma.gguf.reader import read_gguf
+from mlx_dgemma.quality import first_bad_tensor
+from mlx_dgemma.shards import stored_tensors
+from tests.tiny import make_tiny_checkpoint, write_weights
+from tests.tiny_gguf import make_tiny_gguf
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = str(ROOT / "demo/checkpoint")
@@ -184,7 +188,7 @@ def test_another_chat_template_is_refused(tmp_path, tiny, capsys):
         ([CHECKPOINT, CHECKPOINT, "--tasks", "exact_match"], "not known here"),
         ([CHECKPOINT, CHECKPOINT, "--json", "/nowhere/x.json"], "/nowhere/x.json: cannot be written"),
         ([CHECKPOINT, CHECKPOINT, "--base", "/nowhere/base"], "/nowhere/base: cannot be written"),
-        ([CHECKPOINT, CHECKPOINT, "--json", "/"], "/: cannot be written"),
+        ([CHECKPOINT, CHECKPOINT, "--json", "/"], "/: is not a file, expected a file's name"),
         ([CHECKPOINT, CHECKPOINT, "--plot", "x.gif"], "found .gif, expected .png or .svg"),
         ([CHECKPOINT, CHECKPOINT, "--data", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
         ([CHECKPOINT, CHECKPOINT, "--canvases", "9", "--data", "{text}"], "holds text for --canvases 2 of 64 tokens"),
@@ -321,6 +325,87 @@ def test_a_candidate_that_fails_leaves_the_others(models, monkeypatch, capsys, t
     monkeypatch.setattr(quality, "load", load)
     quality.main([str(a) for a in given])
     assert [row.get("error") for row in read_report(tmp_path / "x.json")["candidates"]] == [None, None]
+
+
+def test_logits_that_are_not_finite_are_traced_to_a_tensor(capsys, tmp_path):
+    name = "model.decoder.layers.1.mlp.up_proj.weight"
+    candidate, report = make_nan_copy(tmp_path / "nan", name), tmp_path / "x.json"
+    with pytest.raises(SystemExit):
+        quality.main([CHECKPOINT, str(candidate), "--canvases", "1", "--no-tasks", "--json", str(report)])
+    (row,) = read_report(report)["candidates"]
+    assert row["error"].startswith(f"{candidate}: {name} holds infinity or NaN, expected numbers")
+
+
+def test_logits_that_are_not_finite_for_another_reason(models, capsys, monkeypatch):
+    class Broken(type(load(about(CHECKPOINT)))):
+        def denoise(self, *arguments):
+            logits, experts = super().denoise(*arguments)
+            return logits * np.float32("nan"), experts
+
+    monkeypatch.setattr(quality, "load", lambda model, *options: Broken(model))
+    message = refused(capsys, CHECKPOINT, models / "q8", "--canvases", "1", "--no-tasks")
+    assert message.startswith(f"error: {CHECKPOINT}: logits are not finite, expected numbers; its stored floats are")
+
+
+def make_nan_copy(folder, name):
+    """The demo with one NaN at the end of one tensor."""
+    shutil.copytree(CHECKPOINT, folder)
+    t = stored_tensors(folder)[name]
+    assert t.dtype == "BF16"
+    with open(t.file, "r+b") as file:
+        file.seek(t.start + t.nbytes - 2)
+        file.write(b"\xc0\x7f")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["BF16", "F32", "gguf"])
+def test_the_first_tensor_that_is_not_finite(form, tmp_path, monkeypatch):
+    monkeypatch.setattr("mlx_dgemma.quality.SCANNED", 100)  # many pieces
+    at = 17 if form == "gguf" else -1
+    if form == "gguf":
+        path = make_tiny_gguf(tmp_path / "x.gguf")
+        t = read_gguf(path).tensors["blk.1.ffn_down.weight"]
+        file, name = path, t.name
+    else:
+        path = make_tiny_checkpoint(tmp_path / "x", dtype={"BF16": "bfloat16", "F32": "float32"}[form], vision=True)
+        name = "model.decoder.layers.1.mlp.down_proj.weight"
+        t = stored_tensors(path)[name]
+        file = t.file
+    assert first_bad_tensor(path) is None
+    value, size = (b"\x80\xff", 2) if form == "BF16" else (np.float32("-inf").tobytes(), 4)
+    with open(file, "r+b") as f:
+        f.seek(t.start + (at * size) % t.nbytes)
+        f.write(value)
+    assert first_bad_tensor(str(path)) == name
+
+
+def test_the_vision_tower_is_not_counted_by_a_word_in_a_name(monkeypatch, tmp_path):
+    weights = {
+        "model.encoder.vision_tower.x": np.ones(3, np.float32), "model.encoder.embed_vision.x": np.ones(5, np.float32),
+        "model.decoder.supervision.weight": np.ones(7, np.float32),
+    }  # fmt: skip
+    write_weights(tmp_path, weights)
+    assert _of_folder(tmp_path)[1] == 4 * 7
+
+
+def test_an_interrupted_report_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_report(new_report({"seed": 1}), path)
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    path.chmod(0o640)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(new_report({"seed": 2}), path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["other", "x.json"]
+    assert read_report(path)["setting"] == {"seed": 1}
+    write_report(new_report({"seed": 3}), path)
+    assert path.stat().st_mode & 0o777 == 0o640 and read_report(path)["setting"] == {"seed": 3}
 
 
 def test_an_interrupted_reference_leaves_no_base(monkeypatch, tmp_path, models):

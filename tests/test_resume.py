@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 import convert.api
+import convert.journal
 import convert.output
+import convert.partial
 import convert.work
 from convert import Planned, Resumed, Worked
 from convert import convert as run
@@ -317,6 +319,42 @@ def test_a_source_that_changes_during_the_conversion_is_named(sharded, tmp_path,
     assert contents(tmp_path / "out") == contents(tmp_path / "want")
 
 
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_source_that_is_replaced_after_its_headers_were_read(tmp_path, kind):
+    """Its tensors may lie elsewhere now: what the plan says of it is of the file before."""
+    folders = [make_tiny_checkpoint(tmp_path / f"{seed}", seed=seed, shards=3, dtype="bfloat16") for seed in (0, 1)]
+    file, other = (folder / "model-00002-of-00003.safetensors" for folder in folders)
+    source = folders[0]
+    if kind == "gguf":
+        source = file = tmp_path / "0.gguf"
+        other = tmp_path / "1.gguf"
+        for folder, to in zip(folders, (file, other), strict=True):
+            run(folder, to, to="gguf", recipe="BF16")
+
+    def replace(event):
+        if isinstance(event, Planned):
+            other.rename(file)
+
+    with pytest.raises(DgemmaError) as error:
+        run(source, tmp_path / "out", recipe="q4", on_event=replace)
+    assert str(error.value).startswith(f"{file}: changed while it was converted, expected the same file until the end")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_another_numpy_is_no_continuation_where_scales_are_refitted(sharded, monkeypatch):
+    from convert import to_mlx
+
+    checkpoint, plan = open_checkpoint(sharded), run(sharded, recipe="q4", dry_run=True).plan
+
+    def digests():
+        return [to_mlx.folder_work(checkpoint, plan, refitted).digest() for refitted in (False, True)]
+
+    before = digests()
+    monkeypatch.setattr(np, "__version__", "0.0.1")
+    after = digests()
+    assert before[0] == after[0] and before[1] != after[1]
+
+
 @pytest.mark.parametrize("damage", ["journal", "data", "size"])
 def test_leftovers_that_are_not_whole_are_not_used(sharded, tmp_path, monkeypatch, every_tensor, damage):
     interrupted(monkeypatch, 60, sharded, tmp_path / "out", recipe="q4")
@@ -356,6 +394,49 @@ def ends_the_run_at(last):
             raise KeyboardInterrupt
 
     return called
+
+
+@pytest.mark.parametrize(("name", "recipe"), TARGETS)
+def test_ctrl_c_right_after_the_rename_keeps_nothing(sharded, tmp_path, monkeypatch, name, recipe):
+    """The output is complete, so there is nothing to go on with."""
+    rename = Path.rename
+
+    def renamed(path, to):
+        rename(path, to)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", renamed)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run(sharded, tmp_path / name, to=to_of(name), recipe=recipe)
+    assert str(stopped.value) == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "source"])
+    run(sharded, tmp_path / "want", to=to_of(name), recipe=recipe)
+    assert contents(tmp_path / name) == contents(tmp_path / "want")
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_the_journal_is_open_while_it_is_removed_only_where_that_keeps_a_lock(sharded, tmp_path, monkeypatch, locks):
+    """Windows removes no open file, and has no lock to keep."""
+    journals, closed = [], []
+
+    @contextlib.contextmanager
+    def opened(*args):
+        with open_journal(*args) as journal:
+            journals.append(journal)
+            yield journal
+
+    def remove(path):
+        if path.name == "out.partial" and journals:
+            closed.append(journals[0]._file.closed)
+        convert.output.remove(path)
+
+    if not locks:
+        monkeypatch.setattr(convert.journal, "fcntl", None)
+    monkeypatch.setattr(convert.partial, "open_journal", opened)
+    monkeypatch.setattr(convert.partial, "remove", remove)
+    run(sharded, tmp_path / "out", recipe="q4")
+    assert closed == [not locks]
 
 
 def test_verification_of_a_continued_conversion(sharded, tmp_path, monkeypatch, every_tensor):
@@ -398,6 +479,47 @@ def test_a_torn_last_line_is_cut_off_wherever_it_ends(tmp_path):
     for end in range(1, whole.index(b"\n")):  # not even the first line
         path.write_bytes(whole[:end])
         assert entries_of(path) == set()
+
+
+class Slow:
+    """A raw file that takes seven bytes at a time, and `left` in all; then the disk is full."""
+
+    def __init__(self, file, left=1 << 30):
+        self.file, self.left = file, left
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if not self.left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        n = self.file.write(bytes(data)[: min(7, self.left)])
+        self.left -= n
+        return n
+
+
+def test_a_line_of_the_journal_is_written_whole(tmp_path):
+    path, source = tmp_path / "journal", Path("a.safetensors")
+    with open_journal(path, Path("out")) as journal:
+        journal._file = Slow(journal._file)
+        journal.resume("work", {source: "1"})
+        journal.add(source, ["x", "y"])
+    assert entries_of(path) == {"x", "y"}
+
+
+def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path):
+    path, source = tmp_path / "journal", Path("a.safetensors")
+    with open_journal(path, Path("out")) as journal:
+        journal.resume("work", {source: "1"})
+        journal.add(source, ["x"])
+        whole, file = path.read_bytes(), journal._file
+        journal._file = Slow(file, 20)
+        with pytest.raises(OSError, match="No space left"):
+            journal.add(source, ["y"])
+        assert path.read_bytes() == whole and journal.done == {"x"}
+        journal._file = file  # someone makes room
+        journal.add(source, ["z"])
+    assert entries_of(path) == {"x", "z"}
 
 
 def test_a_source_that_changed_takes_back_what_was_said_of_it(tmp_path):
@@ -575,7 +697,11 @@ def come_and_go(monkeypatch, folder):
         finally:
             file.rename(hidden[file])
 
-    there = checkpoint._replace(holding=holding, fingerprint=lambda file: "etag of " + file.name)
+    there = checkpoint._replace(
+        holding=holding,
+        fingerprint=lambda file: "etag of " + file.name,
+        seen={file: "etag of " + file.name for file in files},
+    )
     monkeypatch.setattr(convert.api, "open_checkpoint", lambda path: there)
     return held
 
