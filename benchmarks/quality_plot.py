@@ -10,9 +10,10 @@ from math import cos, exp, pi, sin
 from pathlib import Path
 
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.files import check_writable
 from mlx_dgemma.units import human_bytes
 
-from .quality_report import check_writable, kl_of
+from .quality_report import kl_of
 
 COLOURS = {"MLX": "#0072B2", "GGUF": "#D55E00", "Hugging Face": "#009E73"}  # told apart by all eyes
 SUFFIXES = (".png", ".svg")

@@ -38,6 +38,10 @@ SLOTS = 32  # of a canvas
 LOGITS_AT_ONCE = 1 << 26  # numbers of one batch's logits: 256 MB
 
 
+class NotFinite(DgemmaError):
+    """Infinity or NaN came out of the model."""
+
+
 class GroupDone(NamedTuple):
     """The only event of `measure`."""
 
@@ -203,7 +207,7 @@ def _kl(model, batch, reference):
     for known, found in zip(reference, _log_shares(model, batch), strict=True):
         total = total + divergence(known, found)
     if not mx.isfinite(total).all().item():
-        raise DgemmaError("the model's logits are not finite, expected numbers; load it in bfloat16 or float32")
+        raise NotFinite("the model's logits are not finite, expected numbers; load it in bfloat16 or float32")
     counted = batch.counted.astype(np.float64)
     return (np.array(total, np.float64) * counted).sum(axis=-1), 2 * counted.sum(axis=-1)
 

@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlx_dgemma.cli import guarded
+from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.hub import model_path
+from mlx_dgemma.quality import first_bad_tensor, not_finite
 
 from .auto import FEWEST, Sensitivity
 from .auto_recipe import SENSITIVITY, as_json, write_json
@@ -48,7 +51,7 @@ def measure_model(model: str, data: str, canvases: int = CANVASES, probe: str | 
     from mlx_dgemma import load
 
     from .examples import read_examples
-    from .sensitivity import PROBE, measure
+    from .sensitivity import PROBE, NotFinite, measure
 
     examples = read_examples(data)  # before the weights, so that a wrong file costs nothing
     loaded, tokenizer = load(model)
@@ -59,7 +62,12 @@ def measure_model(model: str, data: str, canvases: int = CANVASES, probe: str | 
         def draw(event):
             progress.update(task, completed=event.done, total=event.total)
 
-        return measure(loaded, tokenizer, examples, probe or PROBE, seed=seed, limit=canvases, on_event=draw)
+        try:
+            return measure(loaded, tokenizer, examples, probe or PROBE, seed=seed, limit=canvases, on_event=draw)
+        except NotFinite as error:
+            if bad := first_bad_tensor(model_path(model)):
+                raise not_finite(bad, model) from None
+            raise DgemmaError(str(error)) from None
 
 
 def _parser():
@@ -94,7 +102,7 @@ def _table(sensitivity: Sensitivity) -> str:
     lines += [f"{key:<26}{group.kl:>20.3e}{group.standard_error:>18.1e}" for key, group in groups]
     if sum(g.standard_error > g.kl / 2 for g in sensitivity.groups.values()) > len(groups) / 2:
         lines.append(
-            f"note: after {sensitivity.canvases} canvases most standard errors are more than half of the KL they belong to; "
+            f"note: after {sensitivity.canvases} canvases most standard errors exceed half of their KL; "
             "more examples (and --canvases) make a better recipe"
         )
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from convert.examples import Example, corrupt, temperature_at
 from convert.plan_gguf import make_gguf_plan
 from convert.recipes import find_recipe
 from convert.recipes_mlx import PRECISIONS
+from demo.calibration import lines as calibration
 from demo.tasks import TASKS, held_out
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.noise import NoiseStream
@@ -268,6 +269,16 @@ def test_weights_that_are_no_numbers_are_named(saved, tmp_path, capsys):
     arguments = [str(source), "--to", "mlx", "--dry-run", "--recipe", "auto", "--budget", "3MB"]
     assert main([*arguments, "--sensitivity", str(saved)]) == 1
     assert "layers.2.experts.down_proj holds infinity or NaN" in capsys.readouterr().err
+
+
+def test_a_sensitivity_of_weights_that_are_no_numbers_names_the_tensor(tmp_path, capsys):
+    source = bad_source(tmp_path, np.uint16(0x7FC0))
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(itertools.islice(calibration(3, 0), 12)))
+    arguments = ["sensitivity", str(source), "--data", str(data), "--out", str(tmp_path / "s.json"), "--canvases", "8"]
+    assert main(arguments) == 1
+    assert "layers.2.experts.down_proj holds infinity or NaN" in capsys.readouterr().err
+    assert not (tmp_path / "s.json").exists()
 
 
 def test_weights_beyond_ggmls_scales_are_left_to_the_conversion(saved, tmp_path, capsys):
