@@ -1,6 +1,7 @@
 """What a quantization costs: python -m benchmarks.quality REF CANDIDATE… [--json FILE] [--plot FILE.png]
 
     python -m benchmarks.quality plot JSON… --plot FILE.svg      draws what was measured before
+    python -m benchmarks.quality compare JSON… --models A B      two of its candidates, instance by instance
 
 Shapes   N canvases of C slots at five shares of noise, each denoised without and with self-conditioning
 Source   quality_scores.py for what is measured, quality_tasks.py for what is asked end to end; docs/quality.md
@@ -31,7 +32,8 @@ from .quality_engines import load
 from .quality_models import About, about, arithmetic, check_alike
 from .quality_passes import NotFinite, Plan, fill, reference_scores, scores, why_not_finite
 from .quality_plot import check_plot, plot
-from .quality_report import check_setting, merge, new_report, put, read_report, tables, write_report
+from .quality_report import check_setting, comparison, merge, new_report, put, read_report, tables, write_report
+from .quality_scores import compare
 from .quality_tasks import KNOWN, chosen_tasks, paired, run_tasks
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,7 +44,8 @@ FAILURES = (DgemmaError, OSError, MemoryError, RuntimeError)
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        failed = _redraw(arguments[1:]) if arguments[:1] == ["plot"] else _measure(parse(arguments))
+        other = {"plot": _redraw, "compare": _compare}.get(arguments[0] if arguments else "")
+        failed = other(arguments[1:]) if other else _measure(parse(arguments))
     except DgemmaError as error:
         sys.exit(f"error: {error}")
     if failed:
@@ -95,6 +98,23 @@ def _redraw(arguments):
     merged = merge([(path, read_report(path)) for path in args.reports])
     print(tables(merged))
     _draw(merged, args.plot)
+
+
+def _compare(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality compare",
+        description="Compare the KL of two candidates, instance by instance (corrupted slots, self-conditioned).",
+    )
+    parser.add_argument("reports", metavar="JSON", nargs="+", help="what --json wrote")
+    parser.add_argument("--models", metavar=("A", "B"), nargs=2, required=True, help="as the reports name them")
+    args = parser.parse_args(arguments)
+    merged = merge([(path, read_report(path)) for path in args.reports])
+    rows = {row["model"]: row for row in merged["candidates"] if "kl_by_instance" in row}
+    for model in args.models:
+        if model not in rows:
+            raise DgemmaError(f"{model}: is not among the measured candidates, expected one of {', '.join(rows)}")
+    print(comparison(*args.models, compare(*(rows[model]["kl_by_instance"] for model in args.models))))
+    return False
 
 
 def _measure(args) -> list[str]:

@@ -80,6 +80,21 @@ def kl_of(row: dict) -> dict | None:
 # Tables
 
 
+def comparison(a: str, b: str, found: dict) -> str:
+    """What `quality_scores.compare` found, in lines for people."""
+    wins, ratio, difference = found["wins"], found["ratio"], found["difference"]
+    share = f"{wins['right'] / wins['n']:.1%} (95 % interval {wins['low']:.1%} … {wins['high']:.1%})"
+    lines = [
+        f"{a} against {b}",
+        f"  KL is lower in {wins['right']} of {wins['n']} instances: {share}",
+        f"  geometric mean of the KLs' ratio: {ratio['mean']:.2f} ({ratio['low']:.2f} … {ratio['high']:.2f})",
+    ]
+    if difference:
+        spread = "" if difference["se"] is None else f" ± {difference['se']:.2e}"
+        lines.append(f"  difference of mean KLs: {difference['mean']:+.2e}{spread} nats, which a few instances decide")
+    return "\n".join(lines)
+
+
 def tables(report: dict) -> str:
     rows = [row for row in [report["reference"], *report["candidates"]] if row and "error" not in row]
     width = max([24, *(len(row["model"]) for row in rows)])

@@ -267,6 +267,16 @@ def test_a_report_has_everything(run, models):
     assert "<svg" in svg and "Q2_K" in svg and "checkpoint, 9.92 MB" in svg
 
 
+def test_two_candidates_of_a_report_are_compared(run, models, capsys):
+    a, b = str(models / "q8"), str(models / "Q2_K.gguf")
+    quality.main(["compare", str(run / "out.json"), "--models", a, b])
+    out = capsys.readouterr().out
+    assert out.startswith(f"{a} against {b}\n  KL is lower in 4 of 4 instances: 100.0% ")
+    assert "geometric mean of the KLs' ratio: 0.0" in out and "difference of mean KLs: -" in out
+    message = refused(capsys, "compare", str(run / "out.json"), "--models", a, "nothing")
+    assert "nothing: is not among the measured candidates" in message
+
+
 def test_a_second_run_goes_on_behind_the_first(run, models, monkeypatch, capsys, tmp_path):
     shutil.copytree(run, tmp_path / "again")
     opened = []

@@ -16,6 +16,7 @@ from benchmarks.quality_scores import (
     Canvas,
     Sums,
     by_instance,
+    compare,
     divergence,
     kl_difference,
     log_softmax,
@@ -226,3 +227,18 @@ def test_summaries_name_every_share_and_pass():
     assert row["cross_entropy"] == {"mean": 2, "se": 0} and row["difference"]["mean"] == 0
     assert row["same_argmax"]["mean"] == 0.5 and row["kl"]["mean"] == 0
     assert list(summary(sums, np.arange(2))["first"]["mean"]["all"]) == ["cross_entropy"]
+
+
+def test_a_comparison_counts_every_instance_alike():
+    """One instance decides the means; every other one says the opposite."""
+    theirs = [[1.0, 10], [2.0, 20], [4.0, 10], [1.0, 10], [0.0, 0]]
+    ours = [[0.5, 10], [1.0, 20], [2.0, 10], [8.0, 10], [0.0, 0]]
+    found = compare(ours, theirs)
+    assert found["difference"]["mean"] == pytest.approx((11.5 - 8) / 50)
+    assert (found["wins"]["right"], found["wins"]["n"]) == (3, 4)
+    logs = np.log([0.5, 0.5, 0.5, 8])
+    assert found["ratio"]["mean"] == pytest.approx(np.exp(logs.mean()))
+    half = 1.96 * logs.std(ddof=1) / 2
+    assert found["ratio"]["low"] == pytest.approx(np.exp(logs.mean() - half))
+    same = compare(theirs, theirs)
+    assert same["wins"]["right"] == 0 and same["ratio"]["mean"] == 1 and same["difference"]["mean"] == 0
