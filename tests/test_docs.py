@@ -11,6 +11,7 @@ from convert import convert
 from convert.cli import _parser as convert_parser
 from convert.fit_cli import _parser as fit_parser
 from convert.imatrix_cli import _parser as imatrix_parser
+from convert.sensitivity_cli import _parser as sensitivity_parser
 from convert.plan_gguf import make_gguf_plan
 from convert.recipes_gguf import RECIPES as GGUF_RECIPES
 from gguf_export.cli import _parser as gguf_parser
@@ -39,8 +40,8 @@ def test_commands_have_the_options_shown(page):
             parse(arguments)
         elif module == "mlx_dgemma.edit":
             edit_parser().parse_args(arguments)
-        elif module == "convert" and arguments[0] == "fit":
-            fit_parser().parse_args(arguments[1:])
+        elif module == "convert" and arguments[0] in ("fit", "sensitivity"):
+            {"fit": fit_parser, "sensitivity": sensitivity_parser}[arguments[0]]().parse_args(arguments[1:])
         elif module == "convert" and arguments[0] == "imatrix":
             imatrix_parser().parse_args(arguments[1:])
         elif module == "gguf_export":
