@@ -32,8 +32,18 @@ from .quality_engines import load
 from .quality_models import About, about, arithmetic, check_alike
 from .quality_passes import NotFinite, Plan, fill, reference_scores, scores, why_not_finite
 from .quality_plot import check_plot, plot
-from .quality_report import check_setting, comparison, merge, new_report, put, read_report, tables, write_report
-from .quality_scores import compare
+from .quality_report import (
+    HEADLINE,
+    check_setting,
+    comparison,
+    merge,
+    new_report,
+    put,
+    read_report,
+    tables,
+    write_report,
+)
+from .quality_scores import PASSES, compare
 from .quality_tasks import KNOWN, chosen_tasks, paired, run_tasks
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -93,11 +103,14 @@ def _redraw(arguments):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality plot", description="Draw saved results.")
     parser.add_argument("reports", metavar="JSON", nargs="+", help="of one reference on the same data")
     parser.add_argument("--plot", metavar="FILE", required=True, help=".png or .svg")
+    parser.add_argument(
+        "--pass", dest="pass_", choices=PASSES, default=HEADLINE, help="whose KL (default: %(default)s)"
+    )
     args = parser.parse_args(arguments)
     check_plot(args.plot)
     merged = merge([(path, read_report(path)) for path in args.reports])
     print(tables(merged))
-    _draw(merged, args.plot)
+    _draw(merged, args.plot, args.pass_)
 
 
 def _compare(arguments):
@@ -285,8 +298,8 @@ class Measurement:
             write_report(self.report, self.args.json)
 
 
-def _draw(report, path):
-    for model in plot(report, path):
+def _draw(report, path, pass_=HEADLINE):
+    for model in plot(report, path, pass_):
         print(f"{model}: KL 0 or not measured, no point in {path}", file=sys.stderr)
 
 

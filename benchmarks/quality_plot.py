@@ -13,10 +13,11 @@ from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.files import check_writable
 from mlx_dgemma.units import human_bytes
 
-from .quality_report import kl_of
+from .quality_report import HEADLINE, kl_of
 
 COLOURS = {"MLX": "#0072B2", "GGUF": "#D55E00", "Hugging Face": "#009E73"}  # told apart by all eyes
 SUFFIXES = (".png", ".svg")
+WORDS = {"first": "first", "self_conditioned": "self-conditioned"}
 
 
 def check_plot(path: str | Path) -> None:
@@ -28,14 +29,14 @@ def check_plot(path: str | Path) -> None:
     check_writable(path)
 
 
-def plot(report: dict, path: str | Path) -> list[str]:
+def plot(report: dict, path: str | Path, pass_: str = HEADLINE) -> list[str]:
     """Write the picture; returns the models that have no place in it. Raises DgemmaError where none has one."""
     check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    rows = [row for row in report["candidates"] if (kl_of(row) or {}).get("mean", 0) > 0]
+    rows = [row for row in report["candidates"] if (kl_of(row, pass_) or {}).get("mean", 0) > 0]
     left_out = [row["model"] for row in report["candidates"] if row not in rows]
     if not rows:
         raise DgemmaError(f"{path}: no model has a KL above 0, expected one at least; add a candidate")
@@ -48,9 +49,9 @@ def plot(report: dict, path: str | Path) -> list[str]:
         some = [row for row in rows if row["form"] == form]
         if not some:
             continue
-        x, means = [row["weights_bytes"] / unit for row in some], [kl_of(row)["mean"] for row in some]
+        x, means = [row["weights_bytes"] / unit for row in some], [kl_of(row, pass_)["mean"] for row in some]
         # 95 % intervals of the logarithm: as wide above as below on this axis, and never below 0.
-        factors = [exp(1.96 * (kl_of(row)["se"] or 0) / mean) for row, mean in zip(some, means, strict=True)]
+        factors = [exp(1.96 * (kl_of(row, pass_)["se"] or 0) / mean) for row, mean in zip(some, means, strict=True)]
         below = [mean - mean / factor for mean, factor in zip(means, factors, strict=True)]
         above = [mean * factor - mean for mean, factor in zip(means, factors, strict=True)]
         style = {"fmt": "o", "ms": 5, "color": colour, "elinewidth": 0.8, "capsize": 2, "label": form}
@@ -58,7 +59,7 @@ def plot(report: dict, path: str | Path) -> list[str]:
     axes.margins(x=0.1)
     reference = report["reference"]
     axes.set_xlabel(f"weights, {name}")
-    axes.set_ylabel("KL(reference || model), nats per corrupted slot")
+    axes.set_ylabel(f"KL(reference || model), nats per corrupted slot, {WORDS[pass_]} pass")
     axes.set_title(
         f"{_short(reference['model'])}, {human_bytes(reference['weights_bytes'])}: KL of {len(rows)} quantizations, "
         f"95 % intervals", fontsize=11,
@@ -67,7 +68,7 @@ def plot(report: dict, path: str | Path) -> list[str]:
     axes.legend(frameon=False)
     if left_out:
         figure.supxlabel(f"not shown (KL 0, or not measured): {', '.join(map(_short, left_out))}", fontsize=8)
-    _label(FigureCanvasAgg(figure), axes, rows, unit)
+    _label(FigureCanvasAgg(figure), axes, rows, unit, pass_)
     canvas = {".png": FigureCanvasAgg, ".svg": FigureCanvasSVG}[Path(path).suffix](figure)
     try:
         # Without a date and with fixed ids, so that the same figures make the same file.
@@ -86,12 +87,12 @@ PLACES = [(r * cos(a), r * sin(a)) for r in (7, 16, 28, 42, 58, 76) for a in ANG
 FONT = 8  # points
 
 
-def _label(canvas, axes, rows, unit):
+def _label(canvas, axes, rows, unit, pass_):
     """Names in the colours of their points, each in the first of PLACES where it covers no other name or point."""
     canvas.draw()  # settles where the axes are
     scale = 72 / axes.figure.dpi
     names = _names([row["model"] for row in rows])
-    spots = [axes.transData.transform((row["weights_bytes"] / unit, kl_of(row)["mean"])) * scale for row in rows]
+    spots = [axes.transData.transform((row["weights_bytes"] / unit, kl_of(row, pass_)["mean"])) * scale for row in rows]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots]
     area = axes.get_window_extent().bounds
     left, bottom, width, height = (number * scale for number in area)
@@ -112,8 +113,8 @@ def _label(canvas, axes, rows, unit):
         taken.append(box(place))
         far = place[0] ** 2 + place[1] ** 2 > 100
         axes.annotate(
-            name, (row["weights_bytes"] / unit, kl_of(row)["mean"]), place, textcoords="offset points", fontsize=FONT,
-            color=COLOURS[row["form"]], ha="right" if place[0] < 0 else "left", va="center",
+            name, (row["weights_bytes"] / unit, kl_of(row, pass_)["mean"]), place, textcoords="offset points",
+            fontsize=FONT, color=COLOURS[row["form"]], ha="right" if place[0] < 0 else "left", va="center",
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "0.5", "shrinkA": 0, "shrinkB": 2} if far else None,
         ).set_in_layout(False)  # fmt: skip
 

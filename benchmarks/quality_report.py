@@ -72,9 +72,9 @@ def merge(reports: list[tuple[str, dict]]) -> dict:
     return merged
 
 
-def kl_of(row: dict) -> dict | None:
-    """The headline: KL from the reference on corrupted slots, self-conditioned, over all shares of noise."""
-    return ((row.get("denoising") or {}).get(HEADLINE) or {}).get("mean", {}).get("corrupted", {}).get("kl")
+def kl_of(row: dict, pass_: str = HEADLINE) -> dict | None:
+    """The headline: KL from the reference on corrupted slots, self-conditioned (or in another pass), over all noise."""
+    return ((row.get("denoising") or {}).get(pass_) or {}).get("mean", {}).get("corrupted", {}).get("kl")
 
 
 # Tables

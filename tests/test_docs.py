@@ -11,9 +11,9 @@ from convert import convert
 from convert.cli import _parser as convert_parser
 from convert.fit_cli import _parser as fit_parser
 from convert.imatrix_cli import _parser as imatrix_parser
-from convert.sensitivity_cli import _parser as sensitivity_parser
 from convert.plan_gguf import make_gguf_plan
 from convert.recipes_gguf import RECIPES as GGUF_RECIPES
+from convert.sensitivity_cli import _parser as sensitivity_parser
 from gguf_export.cli import _parser as gguf_parser
 from gguf_export.graph import DIMS, OPTIONS, RUNTIME
 from gguf_export.ops import OPS
