@@ -195,19 +195,21 @@ def watch(command: list[str], cwd: Path) -> Watched:
     """Run a command to its end; its stderr goes to ours, its stdout is kept."""
     started, busy = time.perf_counter(), _busy_seconds()
     with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True) as child:
-        own, io = None, {}
+        own, peak, io = None, None, {}
         try:
             with ThreadPoolExecutor(1) as reader:
                 output = reader.submit(child.stdout.read)
                 while True:
-                    pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+                    pid, ended, usage = os.wait4(child.pid, os.WNOHANG)
                     if pid:
                         break
-                    own = _most(own, _status(child.pid).get("RssAnon"))
+                    status = _status(child.pid)
+                    own = _most(own, status.get("RssAnon"))
+                    peak = _most(peak, status.get("VmHWM"))
                     io = _proc_io(child.pid) or io
                     time.sleep(POLL)
                 seconds, busy_then = time.perf_counter() - started, _busy_seconds()
-                child.returncode = os.waitstatus_to_exitcode(status)
+                child.returncode = os.waitstatus_to_exitcode(ended)
         except BaseException:
             if child.returncode is None:
                 child.terminate()
@@ -219,7 +221,8 @@ def watch(command: list[str], cwd: Path) -> Watched:
         seconds,
         cpu,
         usage.ru_stime,
-        usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        # Linux counts what this program held when it started the other one, too; hence the look at the process itself.
+        peak or usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         own,
         io.get("read_bytes"),
         io.get("write_bytes"),

@@ -133,6 +133,8 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
     fails(tmp_path / "nowhere", "nowhere: no such folder")
     (tmp_path / "file").write_text("x")
     fails(tmp_path / "file", "expected a GGUF file")
+    import huggingface_hub.constants  # noqa: F401  before the variable is set: it is read once, for all that follow
+
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fails("some-owner/no-such-model", "some-owner/no-such-model: .*HF_HUB_OFFLINE")

@@ -45,6 +45,7 @@ def hub(folder, tmp_path, monkeypatch):
     with Hub(REPO, {COMMIT: folder}) as hub:
         import huggingface_hub.constants as constants
 
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # another test may have imported it so
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
