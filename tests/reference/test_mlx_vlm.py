@@ -66,15 +66,16 @@ def test_mlx_vlm_loads_every_recipe_and_agrees(tiny, tmp_path, recipe):
     [
         {"embedding": "mxfp8", "attention": "mxfp8", "dense": "mxfp8", "router": "mxfp8", "expert": "mxfp4"},
         {"embedding": "fp32", "attention": "q5-g32", "dense": "q6-g128", "router": "fp32", "expert": "q2"},
+        {"expert": "q4", "blk.1.expert": "q6", "blk.1.ffn_down_exps": "q3-g32", "blk.0.attention": "q5-g128"},
     ],
 )
 def test_a_mixture_of_modes_loads(tmp_path, roles):
-    """Overrides in every direction: a mode, a group size, and no quantization at all beside a default."""
+    """Overrides in every direction: a mode, a group size, one layer, and no quantization at all beside a default."""
     source = make_tiny_checkpoint(tmp_path / "source", hidden_size=128, intermediate_size=256)
     write_json(tmp_path / "r.json", {"roles": roles})
     convert(source, tmp_path / "out", recipe=tmp_path / "r.json", verify=True)
     ours, theirs = our_logits(tmp_path / "out"), vlm_logits(tmp_path / "out")
-    if roles["embedding"] == "mxfp8":  # its embedding makes mlx-vlm's activations bfloat16
+    if roles.get("embedding") == "mxfp8":  # its embedding makes mlx-vlm's activations bfloat16
         assert np.abs(ours[0] - theirs[0]).mean() < 0.05
     else:
         assert_same_logits(ours, theirs)
