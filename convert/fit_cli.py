@@ -87,10 +87,11 @@ def verdict(line: Line) -> str:
     """What to expect, in words."""
     if line.verdict == "fits":
         return f"fits, up to {line.tokens:,} tokens" if line.tokens else "fits"
-    ways = [f"fits up to {line.tokens:,} tokens"] * bool(line.tokens)
+    ways = [f"with {line.tokens:,} tokens at most"] * bool(line.tokens)
     if line.layers:
-        ways.append(f"{count(line.layers, 'layer')} on the GPU, the others on the CPU")
-    return "; ".join(ways) or f"too large by {human_bytes(line.over)}"
+        ways.append(f"with {count(line.layers, 'layer')} on the GPU, the others on the CPU")
+    too_large = f"too large by {human_bytes(line.over)}"
+    return f"{too_large}; fits {', or '.join(ways)}" if ways else too_large
 
 
 def as_json(source: Source, found: dict[str, Room], lines: list[Line], context: int) -> dict:
