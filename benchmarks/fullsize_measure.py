@@ -184,7 +184,7 @@ class Watched(NamedTuple):
     seconds: float
     cpu_seconds: float
     system_seconds: float  # of these, in the system: reading, writing
-    peak_bytes: int  # resident, with the pages of mapped files; the page cache is not in it
+    peak_bytes: int  # resident, with the pages of mapped files, up to the last look; the page cache is not in it
     peak_own_bytes: int | None  # resident without mapped files; None where the system does not say
     read_bytes: int | None  # from the disk
     written_bytes: int | None
