@@ -23,25 +23,28 @@ FORMAT, VERSION = "dgemma-journal", 1
 
 
 class Journal:
-    """Made by `open_journal`; `resume` comes first."""
+    """Made by `open_journal`; `of_another` and `resume` come first."""
 
     def __init__(self, file):
         self._file = file  # open for appending, unbuffered
         self.done: set[str] = set()  # tensors of the output
         self.fingerprints: dict[Path, str] = {}  # of the source files now
 
-    def resume(self, work: str, fingerprints: dict[Path, str]) -> list[str]:
-        """Take up what there is. → notes on what cannot be used, and why.
+    def of_another(self, work: str) -> int:
+        """How many tensors are complete that belong to another conversion than `work`.
 
         work: a digest of everything but the sources' content; with another one nothing can be used.
         """
+        header, entries = self._read()
+        return 0 if header.get("work") == work else sum(len(entry["tensors"]) for entry in entries)
+
+    def resume(self, work: str, fingerprints: dict[Path, str]) -> list[str]:
+        """Take up what there is, or start anew. → notes on what cannot be used, and why."""
         self.fingerprints = fingerprints
         header, entries = self._read()
         if header.get("work") != work:
-            lost = sum(len(entry["tensors"]) for entry in entries)
             self.restart(work)
-            why = "another recipe, importance matrix, source or release of this program"
-            return [f"an interrupted run with {why} left {lost} tensors; they are thrown away"] if lost else []
+            return []
         made = {}
         for entry in entries:
             fingerprint, tensors = made.get(entry["source"], ("", set()))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.units import count
 
 from .journal import Journal, open_journal
 from .output import check_free_name, check_space, explain, remove, scratch_of
@@ -27,7 +28,7 @@ class Partial(NamedTuple):
 
     path: Path  # takes OUT's name in the end
     journal: Journal
-    notes: tuple[str, ...]  # on what an earlier run left and this one cannot use
+    notes: tuple[str, ...]  # on what an earlier run left of files that changed since
 
     def discard(self) -> None:
         """Nothing of it is right."""
@@ -39,8 +40,8 @@ def partial_output(out: Path, work: Work, fingerprints: dict[Path, str], needed:
     """Yield the output under way, which takes the name `out` once the block succeeds.
 
     fingerprints: of the source files. needed: bytes of the whole output. Raises DgemmaError where `out` exists, is
-    being written by another run, cannot be written, or the disk is or becomes full; the text of that and of any other
-    DgemmaError or KeyboardInterrupt of the block ends with what is kept.
+    being written by another run, cannot be written, where another conversion's work is kept, or the disk is or becomes
+    full; the text of any DgemmaError or KeyboardInterrupt from then on ends with what is kept.
     """
     check_free_name(out)
     scratch = scratch_of(out)
@@ -50,6 +51,8 @@ def partial_output(out: Path, work: Work, fingerprints: dict[Path, str], needed:
             remove(scratch)  # a file of this name is no work of ours
         scratch.mkdir(parents=True, exist_ok=True)
         with open_journal(scratch / f"{out.name}.journal", out) as journal:
+            if complete := journal.of_another(work.digest()):
+                raise _another(scratch, out, complete)
             try:
                 check_free_name(out)  # the run that had the journal until now may have finished
                 notes = _resume(path, journal, work, fingerprints)
@@ -68,6 +71,15 @@ def partial_output(out: Path, work: Work, fingerprints: dict[Path, str], needed:
                     remove(scratch)
     except OSError as error:
         raise explain(error, out, needed) from None
+
+
+def _another(scratch, out, complete):
+    """Minutes of somebody's work are not thrown away for a mistyped recipe."""
+    return DgemmaError(
+        f"{scratch} keeps {count(complete, 'tensor')} of an interrupted conversion with another recipe, importance "
+        f"matrix, source or release of this program, expected this one; give that command again, choose another name "
+        f"than {out.name}, or delete that folder"
+    )
 
 
 def _resume(path, journal, work, fingerprints):

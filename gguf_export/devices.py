@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.fits import ram
 
 from .ggml import ADVICE, DeviceProps, Ggml, need_ggml
 
@@ -19,7 +20,7 @@ class Device(NamedTuple):
     name: str
     kind: str
     description: str
-    free: int  # bytes
+    free: int  # bytes; of the CPU, what fits.py leaves a run, since ggml counts all memory as free
     total: int  # bytes
     maps: bool  # computes on the file's own pages, without a copy
     handle: int  # ggml's own
@@ -86,11 +87,15 @@ def _device(library, handle):
     registry = library.ggml_backend_reg_name(library.ggml_backend_dev_backend_reg(handle)).decode()
     # A card of its own may take host memory too, but would read it over the bus at every step.
     shares_memory = kind in ("cpu", "integrated gpu") or registry in ("Metal", "MTL")
+    free, total = memory_of(library, handle)
+    if kind == "cpu":
+        free = min(free, ram() or free)
     return Device(
         library.ggml_backend_dev_name(handle).decode(),
         kind,
         library.ggml_backend_dev_description(handle).decode(errors="replace"),
-        *memory_of(library, handle),
+        free,
+        total,
         bool(props.buffer_from_host_ptr) and shares_memory,
         handle,
     )

@@ -30,6 +30,7 @@ OVERCOMMIT = "--allow-overcommit tries it all the same"
 # Bits of experts and self-conditioning in the mixtures of convert/recipes_mlx.py, for the one an error advises.
 MIXTURES = {"q8": (8, 8), "q6": (6, 6), "q5": (5, 5), "q4": (4, 4), "q3": (3, 4)}
 REST, GROUP = 8, 64  # bits of all that is no expert; weights that share a scale and a bias
+SYSTEM = 1 << 30  # bytes of a machine's memory that its system keeps; an eighth where that is less
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -100,10 +101,14 @@ def most_tokens(need: Callable[[int], Need], room: int, limit: int, canvas: int)
 
 
 def ram() -> int | None:
-    """Bytes of memory that this process may use: the machine's, or its container's. None where nobody says."""
+    """Bytes that a run on the CPU may use: the machine's memory less the system's part, or its container's limit.
+
+    None where nobody says.
+    """
     found = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found.append(whole - min(SYSTEM, whole // 8))
     for limit in CGROUPS:
         try:
             found.append(int(Path(limit).read_text()))

@@ -31,9 +31,10 @@ def on_cpu() -> bool:
 
 def device_memory() -> int | None:
     """Bytes that the default device can hold; None where nobody says."""
+    if on_cpu():
+        return ram()
     info = mx.device_info()
-    told = info.get("max_recommended_working_set_size") or info.get("total_memory")
-    return told or (ram() if on_cpu() else None)
+    return info.get("max_recommended_working_set_size") or info.get("total_memory")
 
 
 def activations(dtype, packed: bool) -> Activations:

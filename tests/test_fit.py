@@ -16,11 +16,11 @@ from convert.plan_gguf import make_gguf_plan
 from convert.recipes import TARGETS, find_recipe
 from gguf_export import Runner, memory
 from gguf_export.cli import main as gguf_main
-from gguf_export.devices import choose, open_ggml
+from gguf_export.devices import choose, cpu, devices, open_ggml
 from gguf_export.forecast import RUN, forecast, planned_model, shapes_of
 from gguf_export.memory import peak
 from gguf_export.reserve import reserved
-from mlx_dgemma import cli, cli_edit, engine, fits, loading, long_attention, vocabulary
+from mlx_dgemma import cli, cli_edit, engine, fits, loading, long_attention, products, vocabulary
 from mlx_dgemma.config import parse_config, read_json
 from mlx_dgemma.engine import MlxEngine
 from mlx_dgemma.errors import DgemmaError
@@ -326,6 +326,16 @@ def test_a_containers_limit_counts(monkeypatch, tmp_path):
     assert fits.ram() >= whole
     monkeypatch.setattr(fits, "CGROUPS", (str(tmp_path / "limit"),))
     assert fits.ram() == 4096
+    assert products.device_memory() == 4096 or not products.on_cpu()
+    ggml_cpu = cpu(devices(open_ggml()))
+    assert ggml_cpu.free == 4096 < ggml_cpu.total
+
+
+@pytest.mark.parametrize(("whole", "kept"), [(16 << 30, 1 << 30), (4 << 30, 1 << 29)])
+def test_a_cpu_leaves_something_to_the_system(monkeypatch, whole, kept):
+    monkeypatch.setattr(fits, "CGROUPS", ())
+    monkeypatch.setattr(fits.os, "sysconf", {"SC_PHYS_PAGES": whole >> 12, "SC_PAGE_SIZE": 1 << 12}.get)
+    assert fits.ram() == whole - kept
 
 
 @pytest.mark.parametrize(

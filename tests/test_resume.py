@@ -233,7 +233,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_conversion_starts_anew(sharded, tmp_path, monkeypatch, every_tensor, change):
+def test_another_conversion_leaves_the_work_alone(sharded, tmp_path, monkeypatch, every_tensor, change):
     from mlx_dgemma.config import read_config
     from tests.test_convert_gguf import imatrix_for
 
@@ -241,16 +241,33 @@ def test_another_conversion_starts_anew(sharded, tmp_path, monkeypatch, every_te
     changed = CHANGES[change] | ({"imatrix": tmp_path / "i.gguf"} if change == "imatrix" else {})
     first = {"to": "gguf", "recipe": "Q4_0"}
     interrupted(monkeypatch, 50, sharded, tmp_path / "x.gguf", **first)
-    taken, _ = resumed(sharded, tmp_path / "x.gguf", **first | changed)
-    assert taken.tensors == taken.bytes == 0
-    (note,) = taken.notes
-    assert note.startswith("an interrupted run with another recipe, importance matrix, source or release")
-    assert "left 50 tensors" in note
-    run(sharded, tmp_path / "want.gguf", **first | changed)
+    refused(sharded, tmp_path / "x.gguf", **first | changed)
+    assert resumed(sharded, tmp_path / "x.gguf", **first)[0].tensors == 50
+    run(sharded, tmp_path / "want.gguf", **first)
     assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "want.gguf").read_bytes()
 
 
-def test_another_imatrix_of_the_same_name_starts_anew(sharded, tmp_path, monkeypatch, every_tensor):
+def refused(source, out, **options):
+    """A run that finds another conversion's tensors and touches nothing."""
+    partial = out.with_name(f"{out.name}.partial")
+    before = contents(partial)
+    with pytest.raises(DgemmaError, match=r"keeps \d\d tensors of an interrupted conversion with another rec"):
+        run(source, out, **options)
+    assert contents(partial) == before and not out.exists()
+
+
+def test_without_complete_tensors_another_conversion_may_have_the_name(sharded, tmp_path, monkeypatch):
+    """As `kill -9` leaves it in the first seconds."""
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.partial, "remove", lambda path: None)
+        interrupted(patch, 0, sharded, tmp_path / "out", recipe="q4")
+    assert (tmp_path / "out.partial").is_dir()
+    run(sharded, tmp_path / "out", recipe="q8")
+    run(sharded, tmp_path / "want", recipe="q8")
+    assert contents(tmp_path / "out") == contents(tmp_path / "want")
+
+
+def test_another_imatrix_of_the_same_name_is_another_conversion(sharded, tmp_path, monkeypatch, every_tensor):
     from convert.imatrix import write_imatrix
     from mlx_dgemma.config import read_config
     from tests.test_convert_gguf import imatrix_for
@@ -260,9 +277,7 @@ def test_another_imatrix_of_the_same_name_starts_anew(sharded, tmp_path, monkeyp
     interrupted(monkeypatch, 50, sharded, tmp_path / "x.gguf", **options)
     entries = {name: entry._replace(sums=entry.sums[:, ::-1].copy()) for name, entry in imatrix.entries.items()}
     write_imatrix(imatrix._replace(entries=entries), tmp_path / "i.gguf")
-    assert resumed(sharded, tmp_path / "x.gguf", **options)[0].tensors == 0
-    run(sharded, tmp_path / "want.gguf", **options)
-    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "want.gguf").read_bytes()
+    refused(sharded, tmp_path / "x.gguf", **options)
 
 
 def test_of_a_changed_source_file_nothing_is_kept(sharded, tmp_path, monkeypatch, every_tensor):
