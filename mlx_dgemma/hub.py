@@ -5,6 +5,8 @@ Source   huggingface_hub: its cache, its HF_HUB_OFFLINE switch, its errors
 
 import errno
 import os
+import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,8 +129,17 @@ def _failure(error):
     return f"the hub cannot be reached ({kind(error)})"
 
 
+# What the commonest failures of a connection mean; others go by their type's name.
+FAILURES = (
+    (socket.gaierror, "its name is not found: no network?"),
+    (ConnectionRefusedError, "connection refused"),
+    (TimeoutError, "no answer in time"),
+    (ssl.SSLError, "no trusted connection"),
+)
+
+
 def kind(error: BaseException) -> str:
-    """The innermost cause's type: libraries wrap a refused connection several times, in many words."""
+    """The innermost cause in few words: libraries wrap a refused connection several times, in many."""
     while cause := error.__cause__ or error.__context__:
         error = cause
-    return type(error).__name__
+    return next((words for type_, words in FAILURES if isinstance(error, type_)), type(error).__name__)

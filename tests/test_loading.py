@@ -1,7 +1,9 @@
 """Loading a folder: what works, and one clear error for each thing that can be wrong with it."""
 
 import json
+import re
 import shutil
+import socket
 
 import mlx.core as mx
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 import mlx_dgemma
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.hub import model_path
 from tests.tiny import make_tiny_checkpoint, tiny_config, tiny_weights, write_json, write_safetensors
 
 
@@ -138,3 +141,28 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     fails("some-owner/no-such-model", "some-owner/no-such-model: .*HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (socket.gaierror(-3, "Temporary failure in name resolution"), "its name is not found: no network?"),
+        (ConnectionRefusedError(111, "Connection refused"), "connection refused"),
+        (TimeoutError("timed out"), "no answer in time"),
+        (RuntimeError("no such words"), "RuntimeError"),
+    ],
+)
+def test_an_unreachable_hub_says_why(monkeypatch, cause, words):
+    """Wrapped, as the HTTP library does."""
+    import huggingface_hub
+
+    def download(*_, **__):
+        try:
+            raise cause
+        except Exception as error:
+            raise OSError("wrapped") from error
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(DgemmaError, match=f"owner/name: .* the hub cannot be reached \\({re.escape(words)}\\); connect"):
+        model_path("owner/name")
