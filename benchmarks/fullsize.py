@@ -20,8 +20,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from convert.api import plan_of
 from convert.checkpoint import open_checkpoint
@@ -31,6 +30,7 @@ from mlx_dgemma.config import parse_config
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.files import check_writable
 from mlx_dgemma.gguf.reader import read_gguf
+from mlx_dgemma.progress import Bars
 from mlx_dgemma.shards import stored_tensors
 from mlx_dgemma.tensors import is_vision
 
@@ -81,7 +81,7 @@ def run_make(options) -> int:
     if note := scaled(config.num_hidden_layers):
         print(note, file=sys.stderr)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with Bars(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("make", total=total)
         made = make(options.dir, raw, options.seed, wrote=lambda n: progress.advance(task, n))
     print(json.dumps({"out": str(options.dir), **made}))

@@ -18,12 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from convert.examples import NOISE_SHARES
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.files import check_writable
+from mlx_dgemma.progress import Bars
 from mlx_dgemma.units import human_bytes
 
 from . import quality_base as bases
@@ -164,7 +164,7 @@ class Measurement:
         }  # fmt: skip
         self.report = self._begun()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.progress = Bars(*columns, transient=True)
 
     def _begun(self):
         """What --json holds already."""

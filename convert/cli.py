@@ -16,7 +16,6 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -24,6 +23,7 @@ from rich.progress import (
 
 from mlx_dgemma.cli import guarded
 from mlx_dgemma.files import check_writable
+from mlx_dgemma.progress import Bars
 from mlx_dgemma.quality import error_table
 from mlx_dgemma.units import count, human_bytes
 
@@ -154,7 +154,7 @@ def _chosen(args, to, console):
         check_free_name(Path(args.out))  # before minutes of work
     if (save := _place_of_recipe(args)) is not None:
         check_writable(save)
-    progress = Progress(TextColumn("errors"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
+    progress = Bars(TextColumn("errors"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
     task = progress.add_task("errors", total=None)
 
     def draw(done, total):
@@ -182,7 +182,7 @@ class _Screen:
     def __init__(self, console, quiet, verify):
         self.console, self.quiet, self.verify = console, quiet, verify
         columns = TextColumn("{task.description:>8}"), BarColumn(), DownloadColumn()
-        self.progress = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+        self.progress = Bars(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console)
 
     def __enter__(self):
         return self

@@ -9,10 +9,10 @@ import json
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from mlx_dgemma.cli import guarded
+from mlx_dgemma.progress import Bars
 from mlx_dgemma.units import count
 
 from .imatrix import Imatrix, write_imatrix
@@ -76,7 +76,7 @@ def _collect(args):
     examples = read_examples(args.data)  # before the weights, so that a wrong file costs nothing
     model, tokenizer = load(args.model)
     columns = TextColumn("imatrix"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Bars(*columns) as progress:
         task = progress.add_task("imatrix", total=None)
 
         def draw(event):

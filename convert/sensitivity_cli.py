@@ -9,12 +9,12 @@ import json
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from mlx_dgemma.cli import guarded
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.hub import model_path
+from mlx_dgemma.progress import Bars
 from mlx_dgemma.quality import first_bad_tensor, not_finite
 
 from .auto import FEWEST, Sensitivity
@@ -56,7 +56,7 @@ def measure_model(model: str, data: str, canvases: int = CANVASES, probe: str | 
     examples = read_examples(data)  # before the weights, so that a wrong file costs nothing
     loaded, tokenizer = load(model)
     columns = TextColumn("sensitivity"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Bars(*columns) as progress:
         task = progress.add_task("sensitivity", total=None)
 
         def draw(event):
