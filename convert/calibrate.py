@@ -1,4 +1,4 @@
-"""Collect an importance matrix: squared inputs of every matrix, summed over the denoising of real examples.
+"""Look at what every matrix sees while real examples are denoised; the importance matrix is its squares, summed.
 
 Shapes   C canvas slots, E experts, M pairs of token and expert in the order of the experts
 Source   llama.cpp, tools/imatrix, for what is summed; the technical report (arXiv 2608.00146) for noisy canvases and
@@ -30,10 +30,12 @@ from .examples import NOISE_SHARES, Example, check_context, corrupt, passages, t
 from .imatrix import Entry, Imatrix
 
 ROLES = ("attention", "dense", "expert", "self_conditioning")
+# What a matrix sees, (…, row) or with experts (M,) (M, 1, row) → what is kept of it.
+Look = Callable[[mx.array, mx.array | None], object]
 
 
 class PassageDone(NamedTuple):
-    """The only event of `collect`."""
+    """The only event of `run_passes`."""
 
     done: int
     total: int
@@ -53,23 +55,27 @@ def squared_inputs(x: mx.array, experts: mx.array | None, n_experts: int) -> Sum
     return Sums(zeros.at[experts].add(squares), mx.zeros(n_experts).at[experts].add(1.0))
 
 
-class _Tap:
-    """Stands where a matrix stood: computes the same, and keeps the sums of its inputs until they are taken."""
+def experts_of(tensor: Tensor) -> int:
+    """How many matrices it holds: 1 where it has no experts."""
+    return tensor.shape[0] if tensor.role == "expert" else 1
 
-    def __init__(self, matrix, n_experts):
-        self.matrix, self.n_experts, self.kept = matrix, n_experts, []
+
+class _Tap:
+    """Stands where a matrix stood: computes the same, and keeps what `look` makes of its inputs."""
+
+    def __init__(self, matrix, look: Look):
+        self.matrix, self.look, self.seen = matrix, look, []
 
     def __call__(self, x, experts=None):
-        self.kept.append(squared_inputs(x, experts, self.n_experts))
+        self.seen.append(self.look(x, experts))
         return self.matrix(x) if experts is None else self.matrix(x, experts)
 
 
 @contextlib.contextmanager
-def tapped(model: DiffusionGemma) -> Iterator[dict[Tensor, _Tap]]:
-    """Every matrix of ROLES with a tap, until the block ends."""
-    tensors = [t for t in text_tensors(model.config) if t.role in ROLES]
-    matrices = {t: place(model, t) for t in tensors}
-    taps = {t: _Tap(parent[name], t.shape[0] if t.role == "expert" else 1) for t, (parent, name) in matrices.items()}
+def tapped(model: DiffusionGemma, looks: dict[Tensor, Look]) -> Iterator[dict[Tensor, _Tap]]:
+    """These matrices with a tap each, until the block ends."""
+    matrices = {t: place(model, t) for t in looks}
+    taps = {t: _Tap(parent[name], looks[t]) for t, (parent, name) in matrices.items()}
     try:
         for tensor, (parent, name) in matrices.items():
             parent[name] = taps[tensor]
@@ -85,77 +91,80 @@ def place(model: DiffusionGemma, tensor: Tensor) -> tuple[nn.Module, str]:
     return functools.reduce(lambda module, part: module[int(part) if part.isdigit() else part], path, model), name
 
 
-class _Collector:
-    """Runs the passes and adds up what the taps saw, in float64 on the host."""
-
-    def __init__(self, model, taps):
-        self.model, self.taps = model, taps
-        self.sums = {t: np.zeros((tap.n_experts, t.shape[-1])) for t, tap in taps.items()}
-        self.counts = {t: np.zeros(tap.n_experts) for t, tap in taps.items()}
-        last = model.config.num_hidden_layers - 1
-        kv = ("attn_k", "attn_v")
-        # Nothing but keys and values leaves the encoder: the rest of its last layer is never computed in use.
-        self.encoder_unused = {t for t in taps if t.layer == last and t.gguf_part not in kv}
-        self.canvases = 0
-
-    def encode(self, tokens, cache):
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            self.model.encode(mx.array(tokens[None, start : start + PREFILL_CHUNK]), cache)
-            self._take(self.encoder_unused)
-            mx.eval(cache.arrays)
-
-    def denoise(self, canvas, cache, temperature):
-        """Two passes, the second with self-conditioning from the first."""
-        canvas = mx.array(canvas)
-        processed = self.model.denoise(canvas, cache) / temperature
-        self.model.denoise_hidden(canvas, cache, self.model.soft_embedding(processed.astype(self.model.dtype)))
-        self._take()
-        self.canvases += 2
-
-    def _take(self, unused=frozenset()):
-        """Evaluates what was asked for, so that memory holds one pass at a time."""
-        new = [(t, sums) for t, tap in self.taps.items() if t not in unused for sums in tap.kept]
-        mx.eval([sums for _, sums in new])
-        for tensor, sums in new:
-            squares = np.array(sums.squares)
-            if not np.isfinite(squares).all():
-                raise DgemmaError(
-                    f"{tensor.gguf}: its inputs are not finite, expected numbers; load the model in bfloat16 or float32"
-                )
-            self.sums[tensor] += squares
-            self.counts[tensor] += np.array(sums.rows)
-        for tap in self.taps.values():
-            tap.kept.clear()
-
-    def entries(self):
-        return {t.gguf: Entry(s.astype(np.float32), self.counts[t].astype(np.float32)) for t, s in self.sums.items()}
-
-
-def collect(
+def run_passes(
     model: DiffusionGemma,
     tokenizer: Tokenizer,
     examples: Iterable[Example],
+    looks: dict[Tensor, Look],
+    take: Callable[[Tensor, object], None],
     ts: Iterable[float] = NOISE_SHARES,
     seed: int = 0,
     limit: int | None = None,
     on_event: Callable[[PassageDone], None] = lambda event: None,
-) -> Imatrix:
-    """Run `model` over the examples, `limit` passages at most, and return what its matrices saw.
+) -> int:
+    """Run `model` over the examples, `limit` passages at most. → canvases denoised
 
-    ts: shares of noise; every canvas is denoised at each. Raises DgemmaError.
+    ts: shares of noise; every canvas is denoised at each, without self-conditioning and with it. `take(tensor, seen)`
+    gets what a tensor's look made of one pass, not evaluated yet. Raises DgemmaError.
     """
     config, stream = model.config, NoiseStream(seed)
     found = list(itertools.islice(passages(examples, tokenizer, config.canvas_length), limit))
     check_context([len(p.prompt) + p.canvases.size for p in found], config.max_position_embeddings)
-    with tapped(model) as taps:
-        collector = _Collector(model, taps)
+    last, n = config.num_hidden_layers - 1, 0
+    with tapped(model, looks) as taps:
+        # Nothing but keys and values leaves the encoder: the rest of its last layer is never computed in use.
+        encoder = {t: tap for t, tap in taps.items() if t.layer != last or t.gguf_part in ("attn_k", "attn_v")}
+
+        def take_from(used):
+            for tensor, tap in used.items():
+                for seen in tap.seen:
+                    take(tensor, seen)
+            for tap in taps.values():
+                tap.seen.clear()
+
+        def encode(tokens, cache):
+            for start in range(0, len(tokens), PREFILL_CHUNK):
+                model.encode(mx.array(tokens[None, start : start + PREFILL_CHUNK]), cache)
+                take_from(encoder)
+                mx.eval(cache.arrays)
+
         for i, passage in enumerate(found):
             cache = model.make_cache()
-            collector.encode(passage.prompt, cache)
+            encode(passage.prompt, cache)
             for block, clean in enumerate(passage.canvases):
                 for t in ts:
-                    canvas, _ = corrupt(clean[None], t, stream, [i], block, config.vocab_size)
-                    collector.denoise(canvas, cache, temperature_at(t, model.generation_config))
-                collector.encode(clean, cache)
+                    canvas = mx.array(corrupt(clean[None], t, stream, [i], block, config.vocab_size)[0])
+                    logits = model.denoise(canvas, cache) / temperature_at(t, model.generation_config)
+                    model.denoise_hidden(canvas, cache, model.soft_embedding(logits.astype(model.dtype)))
+                    take_from(taps)
+                    n += 2
+                encode(clean, cache)
             on_event(PassageDone(i + 1, len(found)))
-    return Imatrix(None, collector.entries(), (), collector.canvases, config.canvas_length)
+    return n
+
+
+def collect(model: DiffusionGemma, tokenizer: Tokenizer, examples: Iterable[Example], **options) -> Imatrix:
+    """The importance matrix: what the matrices of ROLES saw. options: of `run_passes`. Raises DgemmaError."""
+    looks = {
+        t: functools.partial(squared_inputs, n_experts=experts_of(t)) for t in text_tensors(model.config)
+        if t.role in ROLES
+    }  # fmt: skip
+    sums = {t: np.zeros((experts_of(t), t.shape[-1])) for t in looks}  # float64
+    counts = {t: np.zeros(experts_of(t)) for t in looks}
+
+    def take(tensor, seen: Sums):
+        squares = np.array(seen.squares)
+        if not np.isfinite(squares).all():
+            raise not_finite_inputs(tensor)
+        sums[tensor] += squares
+        counts[tensor] += np.array(seen.rows)
+
+    n = run_passes(model, tokenizer, examples, looks, take, **options)
+    entries = {t.gguf: Entry(s.astype(np.float32), counts[t].astype(np.float32)) for t, s in sums.items()}
+    return Imatrix(None, entries, (), n, model.config.canvas_length)
+
+
+def not_finite_inputs(tensor: Tensor) -> DgemmaError:
+    return DgemmaError(
+        f"{tensor.gguf}: its inputs are not finite, expected numbers; load the model in bfloat16 or float32"
+    )

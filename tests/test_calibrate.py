@@ -18,6 +18,7 @@ from convert.imatrix_cli import main
 from mlx_dgemma.errors import ContextError, DgemmaError
 from mlx_dgemma.masks import canvas_mask, encoder_mask
 from mlx_dgemma.noise import NoiseStream
+from mlx_dgemma.tensors import text_tensors
 
 ROOT = Path(__file__).parent.parent
 EOS, TURN_END = 1, 106
@@ -202,7 +203,8 @@ def test_a_tapped_model_computes_the_same(tiny_model):
     canvas = mx.array([[5, 6, 7, 8]])
     want = model.denoise(canvas, model.make_cache())
     matrix = model.model.decoder.layers[1].mlp.up_proj
-    with pytest.raises(KeyboardInterrupt), tapped(model):
+    (tensor,) = (t for t in text_tensors(model.config) if t.layer == 1 and t.gguf_part == "ffn_up")
+    with pytest.raises(KeyboardInterrupt), tapped(model, {tensor: lambda x, experts: None}):
         assert model.model.decoder.layers[1].mlp.up_proj is not matrix
         assert (model.denoise(canvas, model.make_cache()) == want).all()
         raise KeyboardInterrupt
