@@ -14,6 +14,8 @@ from mlx_dgemma.quality import RoleError
 from mlx_dgemma.tensors import Tensor
 
 from .checkpoint import Checkpoint, changed, find_source, open_checkpoint, read_source_config
+from .factors import Factors
+from .identity import check_identity
 from .imatrix import Imatrix, read_imatrix
 from .low_disk import Fetching, low_disk_source
 from .output import check_free_name
@@ -67,6 +69,7 @@ def convert(
     verify: bool = False,
     low_disk: bool = False,
     refit: bool = False,
+    gptq: str | Path | None = None,
     on_event: Callable[[Planned | Resumed | Fetching | Worked], None] = lambda event: None,
 ) -> Report:
     """Write `src` (a folder, a GGUF file or a hub id) as the new folder or GGUF file `out`.
@@ -78,6 +81,7 @@ def convert(
     dry_run: plan only; needs config.json alone (or a GGUF's header), and no `out`.
     low_disk: `src` is a hub id; a shard is fetched, converted and deleted before the next one is fetched.
     refit: fit the scales of affine precisions to the rounded weights (refit.py); only for "mlx".
+    gptq: a file of `python -m convert gptq`: round so that columns make up for each other (gptq.py); only for "mlx".
     Raises DgemmaError; `out` is then as it was. Tensors that were complete are kept in `out`.partial, where the same
     call goes on, whatever ended the one before: an error, KeyboardInterrupt, `kill -9`.
     """
@@ -88,6 +92,8 @@ def convert(
         raise DgemmaError(f"an importance matrix is for GGUF files, found --to {to}; leave it out or use --to gguf")
     if refit and to != "mlx":
         raise DgemmaError(f"--refit is for MLX folders, found --to {to}; leave it out, ggml's quantizers fit anyway")
+    if gptq is not None and to != "mlx":
+        raise DgemmaError(f"--gptq is for MLX folders, found --to {to}; ggml's quantizers take --imatrix instead")
     recipe = find_recipe(recipe or DEFAULTS[to], to, tensor_types)
     if out is None and not dry_run:
         raise DgemmaError("no output was given, expected a new name; only a dry run does without")
@@ -96,12 +102,15 @@ def convert(
     if low_disk and verify:
         raise DgemmaError("--verify reads the source again, which --low-disk deletes as it goes; leave one of them out")
     importance = None if imatrix is None else read_imatrix(Path(imatrix))
+    factors = None if gptq is None else Factors(gptq)
     with _opened(src, out, dry_run, low_disk, on_event) as source:
         if isinstance(source, Path):
             plan, notes = _plan_from_config(source, to, recipe, importance), ()
         else:
             plan, notes = plan_of(source, to, recipe, importance), _notes(source)
         notes += plan.notes
+        if factors is not None:
+            notes += _without_gptq(plan)
         on_event(Planned(plan, notes))
         if dry_run:
             return Report(plan, notes, None, None, time.monotonic() - started)
@@ -109,7 +118,9 @@ def convert(
         def worked(phase):
             return lambda name, n: on_event(Worked(phase, name, n))
 
-        work, check = _work(source, plan, to, importance, refit)
+        if factors is not None and not low_disk:
+            check_identity(source, factors.model, str(gptq), "gptq")
+        work, check = _work(source, plan, to, importance, refit, factors)
         fingerprints = _unchanged(source, work.sources())
         with partial_output(Path(out), work, fingerprints, _needed_bytes(source, plan)) as partial:
             if partial.journal.done or partial.notes:
@@ -156,7 +167,26 @@ def plan_of(checkpoint, to, recipe, importance=None):
     return make_plan(checkpoint.config, recipe, stored, vision, kept=kept)
 
 
-def _work(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: Imatrix | None, refit: bool):
+def _without_gptq(plan):
+    """Raises DgemmaError where it would change nothing."""
+    quantized = [t for t in plan.tensors if t.precision.is_quantized]
+    others = [t for t in quantized if t.precision.mode != "affine"]
+    if len(others) == len(quantized):
+        raise DgemmaError(f"--gptq rounds affine precisions (q4, q6, …), expected some in recipe {plan.recipe.name}")
+    if others:
+        names = ", ".join(sorted({t.precision.name for t in others}))
+        return (f"--gptq leaves {names} as they are: it rounds affine precisions (q4, q6, …)",)
+    return ()
+
+
+def _work(
+    checkpoint: Checkpoint,
+    plan: Plan | GgufPlan,
+    to: str,
+    importance: Imatrix | None,
+    refit: bool,
+    factors: Factors | None,
+):
     """The work, and a function of the written path and of one to report to that checks it.
 
     Imported here: a plan needs neither.
@@ -173,7 +203,7 @@ def _work(checkpoint: Checkpoint, plan: Plan | GgufPlan, to: str, importance: Im
     from .to_mlx import folder_work
     from .verify import verify_folder
 
-    return folder_work(checkpoint, plan, refit), lambda path, worked: verify_folder(checkpoint, path, worked)
+    return folder_work(checkpoint, plan, refit, factors), lambda path, worked: verify_folder(checkpoint, path, worked)
 
 
 def _unchanged(checkpoint, files):

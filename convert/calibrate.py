@@ -18,6 +18,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_dgemma.engine import PREFILL_CHUNK
 from mlx_dgemma.errors import DgemmaError
@@ -27,6 +28,7 @@ from mlx_dgemma.tensors import Tensor, text_tensors
 from mlx_dgemma.tokenizer import Tokenizer
 
 from .examples import NOISE_SHARES, Example, check_context, corrupt, passages, temperature_at
+from .identity import ROLE, identity
 from .imatrix import Entry, Imatrix
 
 ROLES = ("attention", "dense", "expert", "self_conditioning")
@@ -162,6 +164,13 @@ def collect(model: DiffusionGemma, tokenizer: Tokenizer, examples: Iterable[Exam
     n = run_passes(model, tokenizer, examples, looks, take, **options)
     entries = {t.gguf: Entry(s.astype(np.float32), counts[t].astype(np.float32)) for t, s in sums.items()}
     return Imatrix(None, entries, (), n, model.config.canvas_length)
+
+
+def model_identity(model: DiffusionGemma) -> str:
+    """identity.py's, of a loaded model: the same for its quantized copies."""
+    parameters = dict(tree_flatten(model.parameters()))
+    vectors = (parameters[t.mlx].astype(mx.float32) for t in text_tensors(model.config) if t.role == ROLE)
+    return identity(map(np.array, vectors))
 
 
 def not_finite_inputs(tensor: Tensor) -> DgemmaError:

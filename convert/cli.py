@@ -2,10 +2,11 @@
 
 Results go to stdout, the plan and the progress bar to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage,
 130 interrupted; after anything but 0 there is no OUT, and the same command goes on with what OUT.partial keeps.
-`python -m convert imatrix …`, `fit …` and `sensitivity …` are in imatrix_cli.py, fit_cli.py and sensitivity_cli.py.
+`python -m convert fit …` and the other COMMANDS are in fit_cli.py and its like.
 """
 
 import argparse
+import importlib
 import json
 import signal
 import sys
@@ -32,21 +33,19 @@ from .output import check_free_name
 from .plan_gguf import GgufPlan
 from .recipes import DEFAULTS, TARGETS
 
+# The other commands, each in a module of its name (imatrix_cli.py, …): python -m convert fit --help
+COMMANDS = {
+    "fit": "which recipes fit a device's memory",
+    "imatrix": "collect an importance matrix, for --imatrix",
+    "gptq": "collect what rounding makes up for its errors by, for --gptq",
+    "sensitivity": "measure how much each group of weights matters, for --recipe auto",
+}
+
 
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["imatrix"]:
-        from .imatrix_cli import main as imatrix_main
-
-        return imatrix_main(argv[1:])
-    if argv[:1] == ["fit"]:
-        from .fit_cli import main as fit_main
-
-        return fit_main(argv[1:])
-    if argv[:1] == ["sensitivity"]:
-        from .sensitivity_cli import main as sensitivity_main
-
-        return sensitivity_main(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f".{argv[0]}_cli", __package__).main(argv[1:])
     args = _parser().parse_args(argv)
     if args.out is None and not args.dry_run:
         _parser().error("OUT is needed, unless --dry-run is given")
@@ -86,6 +85,7 @@ def _run(args, to):
                 verify=args.verify,
                 low_disk=args.low_disk,
                 refit=args.refit,
+                gptq=args.gptq,
                 on_event=screen.draw,
             )
         if args.recipe == "auto" and save is not None:
@@ -99,7 +99,7 @@ def _run(args, to):
 def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m convert",
-        description="Convert a DiffusionGemma checkpoint to a folder for MLX or to a GGUF file.",
+        description=_description(),
         epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -123,6 +123,7 @@ def _parser():
     )
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, from llama.cpp or `convert imatrix`")
     parser.add_argument("--refit", action="store_true", help="MLX: less error in the same bytes; slower")
+    parser.add_argument("--gptq", metavar="FILE", help="MLX: from `convert gptq`; half the KL in the same bytes")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; needs only config.json")
     parser.add_argument("--verify", action="store_true", help="reopen the result and report the error per role")
     parser.add_argument(
@@ -130,6 +131,12 @@ def _parser():
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
+
+
+def _description():
+    lines = ["Convert a DiffusionGemma checkpoint to a folder for MLX or to a GGUF file.", "", "other commands:"]
+    lines += [f"  python -m convert {name + ' --help':<20}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(lines)
 
 
 def _epilog():
@@ -140,9 +147,6 @@ def _epilog():
     lines.append("recipe of both: auto, what costs the least quality within --budget; needs a sensitivity")
     lines.append("a JSON file serves both:")
     lines.append('  {"name": "mine", "roles": {"expert": "mxfp4", "attention": "q6"}}, every other role q8')
-    lines.append("python -m convert imatrix --help: collect an importance matrix")
-    lines.append("python -m convert fit --help: which recipes fit a device's memory")
-    lines.append("python -m convert sensitivity --help: measure how much each group of weights matters")
     return "\n".join(lines)
 
 

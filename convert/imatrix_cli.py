@@ -9,21 +9,12 @@ import json
 import time
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
 from mlx_dgemma.cli import guarded
-from mlx_dgemma.progress import Bars
 from mlx_dgemma.units import count
 
+from .collecting import EPILOG, MODEL, over_examples
 from .imatrix import Imatrix, write_imatrix
 from .output import appears_when_done, check_free_name
-
-EPILOG = """\
-FILE of --data, UTF-8: one JSON object per line where its name ends in .jsonl,
-  {"prompt": "…", "answer": "…"}
-  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-else plain text. A few hundred examples of what the model is used for are enough; every expert should see some.
-"""
 
 
 def main(argv: list[str]) -> int:
@@ -52,9 +43,7 @@ def _parser():
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "model", metavar="MODEL", help="model folder, GGUF file or hub id: the one to quantize, or an 8-bit copy"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--data", required=True, metavar="FILE", help="examples, see below")
     parser.add_argument(
         "--out", default="imatrix.gguf", metavar="FILE", help="new importance matrix (default: imatrix.gguf)"
@@ -67,23 +56,19 @@ def _parser():
 
 def _collect(args):
     """The importance matrix, and how many examples it took."""
-    check_free_name(Path(args.out))
-    from mlx_dgemma import load
+    used = 0
 
-    from .calibrate import collect
-    from .examples import read_examples
+    def work(model, tokenizer, examples, draw):
+        from .calibrate import collect
 
-    examples = read_examples(args.data)  # before the weights, so that a wrong file costs nothing
-    model, tokenizer = load(args.model)
-    columns = TextColumn("imatrix"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Bars(*columns) as progress:
-        task = progress.add_task("imatrix", total=None)
+        def count_and_draw(event):
+            nonlocal used
+            used = event.done
+            draw(event)
 
-        def draw(event):
-            progress.update(task, completed=event.done, total=event.total)
+        return collect(model, tokenizer, examples, seed=args.seed, limit=args.examples, on_event=count_and_draw)
 
-        imatrix = collect(model, tokenizer, examples, seed=args.seed, limit=args.examples, on_event=draw)
-        used = progress.tasks[task].completed
+    imatrix = over_examples("imatrix", args.model, args.data, work)
     return imatrix._replace(datasets=(Path(args.data).name,)), used
 
 

@@ -25,15 +25,15 @@ def refit(
     groups = values.reshape(-1, precision.group_size)
     most = 2**precision.bits - 1
     scale, bias = (to_float32(a, dtype).reshape(-1, 1) for a in (scales, biases))
-    codes = _rounded(groups, scale, bias, most)
+    codes = rounded(groups, scale, bias, most)
     best, least = (codes, scale, bias), _error(groups, codes, scale, bias)
     # From the range itself: mx.quantize takes a wider one, in which zero is exact.
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
     scale, bias = (high - low) / most, low
-    codes = _rounded(groups, scale, bias, most)
+    codes = rounded(groups, scale, bias, most)
     for _ in range(ROUNDS):
         scale, bias = (to_float32(from_float32(a, dtype), dtype) for a in _fit(groups, codes, scale))
-        codes = _rounded(groups, scale, bias, most)
+        codes = rounded(groups, scale, bias, most)
         error = _error(groups, codes, scale, bias)
         # A fit may come out worse where the stored type rounds it, and the next one better all the same.
         better = error < least
@@ -52,7 +52,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     return filled.reshape(len(codes), -1).view(np.uint32)
 
 
-def _rounded(groups, scale, bias, most):
+def rounded(groups, scale, bias, most):
+    """Codes from 0 to `most`, as float32; 0 where a scale is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.rint((groups - bias) / scale)
     return np.clip(np.nan_to_num(codes, copy=False), 0, most).astype(np.float32)

@@ -9,17 +9,14 @@ import json
 import time
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
 from mlx_dgemma.cli import guarded
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.hub import model_path
-from mlx_dgemma.progress import Bars
 from mlx_dgemma.quality import first_bad_tensor, not_finite
 
 from .auto import FEWEST, Sensitivity
 from .auto_recipe import SENSITIVITY, as_json, write_json
-from .imatrix_cli import EPILOG
+from .collecting import EPILOG, MODEL, over_examples
 from .output import appears_when_done
 from .recipes_mlx import PRECISIONS
 
@@ -48,19 +45,9 @@ def _run(args):
 
 def measure_model(model: str, data: str, canvases: int = CANVASES, probe: str | None = None, seed: int = 0):
     """The Sensitivity of a model on disk, with progress on stderr. Raises DgemmaError."""
-    from mlx_dgemma import load
 
-    from .examples import read_examples
-    from .sensitivity import PROBE, NotFinite, measure
-
-    examples = read_examples(data)  # before the weights, so that a wrong file costs nothing
-    loaded, tokenizer = load(model)
-    columns = TextColumn("sensitivity"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Bars(*columns) as progress:
-        task = progress.add_task("sensitivity", total=None)
-
-        def draw(event):
-            progress.update(task, completed=event.done, total=event.total)
+    def work(loaded, tokenizer, examples, draw):
+        from .sensitivity import PROBE, NotFinite, measure
 
         try:
             return measure(loaded, tokenizer, examples, probe or PROBE, seed=seed, limit=canvases, on_event=draw)
@@ -68,6 +55,8 @@ def measure_model(model: str, data: str, canvases: int = CANVASES, probe: str | 
             if bad := first_bad_tensor(model_path(model)):
                 raise not_finite(bad, model) from None
             raise DgemmaError(str(error)) from None
+
+    return over_examples("sensitivity", model, data, work)
 
 
 def _parser():
@@ -78,7 +67,7 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="model folder, GGUF file or hub id: the one to quantize, or an 8-bit copy")
+    add("model", metavar="MODEL", help=MODEL)
     add("--data", required=True, metavar="FILE", help="examples, see below")
     add("--out", default=SENSITIVITY, metavar="FILE", help=f"new file (default: {SENSITIVITY})")
     add(

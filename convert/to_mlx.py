@@ -14,11 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.config import released_spelling
-from mlx_dgemma.floats import TORCH_NAMES, cast, is_finite, to_float32
+from mlx_dgemma.floats import TORCH_NAMES, cast, from_float32, is_finite, to_float32
 from mlx_dgemma.quality import not_finite
 from mlx_dgemma.shards import INDEX
 
 from .checkpoint import Checkpoint
+from .factors import Factors
+from .gptq import gptq
 from .plan import Plan, PlannedTensor, quantization_block
 from .recipes_mlx import Precision
 from .refit import refit
@@ -30,41 +32,67 @@ DTYPE_NAMES = {tag: name for name, tag in TORCH_NAMES.items()}
 _free_streams: list[mx.Stream] = []
 
 
-def folder_work(checkpoint: Checkpoint, plan: Plan, refitted: bool = False) -> Work:
-    """The conversion to a folder. refitted: fit affine scales and biases to the rounded weights."""
+def folder_work(checkpoint: Checkpoint, plan: Plan, refitted: bool = False, factors: Factors | None = None) -> Work:
+    """The conversion to a folder.
+
+    refitted: fit affine scales and biases to the rounded weights. factors: round by them what they are for, and fit
+    the rest.
+    """
     sizes, fixed, jobs = {}, [], []
     for i, shard in enumerate(plan.shards):
         file = plan.shard_name(i)
         layout = safetensors_layout([array for t in shard for array in t.arrays])
         sizes[file] = layout.size
         fixed.append(Fixed(file, 0, layout.header))
-        jobs += [_job(checkpoint, t, file, layout.offsets, refitted) for t in shard]
+        jobs += [_job(checkpoint, t, file, layout.offsets, refitted, factors) for t in shard]
     jobs.sort(key=lambda job: checkpoint.weights[job.stored].start)
-    quantizer = f"mlx {mx.__version__}" + f", numpy {np.__version__}" * refitted  # refit.py computes with numpy
+    by_numpy = refitted or factors is not None
+    quantizer = f"mlx {mx.__version__}" + f", numpy {np.__version__}" * by_numpy
     return Work(sizes, tuple(fixed), tuple(jobs), quantizer, lambda folder: _finish(checkpoint, plan, folder))
 
 
-def _job(checkpoint, t: PlannedTensor, file, offsets, refitted):
+def _job(checkpoint, t: PlannedTensor, file, offsets, refitted, factors):
     rows = checkpoint.weights.rows(t.source)
     n, row = rows.shape
-    refitted = refitted and t.precision.mode == "affine"
+    pack, how, together = _packing(t, n, refitted, factors)
 
     def convert(start, stop):
         piece = rows[start:stop]
         # The vision tower is carried as stored: a clipping bound of it may be infinite.
         if t.tensor.role != "vision" and not is_finite(piece, t.stored):
             raise not_finite(t.source, checkpoint.weights[t.source].file)
-        if t.precision.is_quantized:
-            kept = cast(piece, t.stored, t.kept)
-            parts = quantize(kept, t.kept, t.precision)
-            return refit(to_float32(kept, t.kept), *parts[1:], t.kept, t.precision) if refitted else parts
-        return (cast(piece, t.stored, t.arrays[0].dtype),)
+        return pack(piece, start)
 
     places = tuple(Place(file, offsets[array.name], array.nbytes // n) for array in t.arrays)
-    form = (
-        f"{t.stored} through {t.kept} as {t.precision}, {[array.dtype for array in t.arrays]}{', refitted' * refitted}"
-    )
-    return Job(t.tensor.mlx, t.source, checkpoint.weights[t.source].file, (n, row), places, convert, form)
+    form = f"{t.stored} through {t.kept} as {t.precision}, {[array.dtype for array in t.arrays]}{how}"
+    return Job(t.tensor.mlx, t.source, checkpoint.weights[t.source].file, (n, row), places, convert, form, together)
+
+
+def _packing(t, n, refitted, factors):
+    """What makes a piece and the number of its first row the arrays; how, in words; rows that must stay together."""
+    if not t.precision.is_quantized:
+        return lambda piece, start: (cast(piece, t.stored, t.arrays[0].dtype),), "", 0
+    if t.precision.mode != "affine" or not (refitted or factors):
+        return lambda piece, start: quantize(cast(piece, t.stored, t.kept), t.kept, t.precision), "", 0
+    found = factors.of(t.tensor) if factors else None
+    if found is None:
+        return lambda piece, start: _refitted(cast(piece, t.stored, t.kept), t), ", refitted", 0
+    n_factors, factor = found
+    together = n // n_factors  # a piece ends with its expert where each has its own factor
+
+    def pack(piece, start):
+        values = to_float32(cast(piece, t.stored, t.kept), t.kept)
+        return gptq(values, factor(start // together), fit, t.kept, t.precision)
+
+    def fit(group):
+        return _refitted(from_float32(group, t.kept), t)[1:]
+
+    return pack, f", gptq {factors.fingerprint}", together
+
+
+def _refitted(kept, t):
+    """Rows of the type that is kept → words, scales, biases."""
+    return refit(to_float32(kept, t.kept), *quantize(kept, t.kept, t.precision)[1:], t.kept, t.precision)
 
 
 def _finish(checkpoint, plan, folder):

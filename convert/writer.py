@@ -9,9 +9,12 @@ from gguf_export.writer import Layout
 
 from .plan import Array
 
+MLX = {"format": "mlx"}
 
-def safetensors_layout(arrays: list[Array]) -> Layout:
-    header, end = {"__metadata__": {"format": "mlx"}}, 0
+
+def safetensors_layout(arrays: list[Array], about: dict[str, str] = MLX) -> Layout:
+    """about: the header's metadata."""
+    header, end = {"__metadata__": about}, 0
     for array in arrays:
         begin, end = end, end + array.nbytes
         header[array.name] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": [begin, end]}

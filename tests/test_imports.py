@@ -64,7 +64,7 @@ def uses_mlx(file):
 
 def test_only_the_mlx_writer_and_what_runs_the_model_use_mlx_in_convert():
     using = {f.name for f in (ROOT / "convert").glob("*.py") if uses_mlx(f)}
-    assert using == {"to_mlx.py", "calibrate.py", "sensitivity.py"}
+    assert using == {"to_mlx.py", "calibrate.py", "correlations.py", "sensitivity.py"}
 
 
 def test_gguf_export_works_where_mlx_does_not_install():

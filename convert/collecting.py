@@ -1,0 +1,35 @@
+"""What the commands share that run a model over examples: imatrix, gptq, sensitivity."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from mlx_dgemma.progress import Bars
+
+EPILOG = """\
+FILE of --data, UTF-8: one JSON object per line where its name ends in .jsonl,
+  {"prompt": "…", "answer": "…"}
+  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+else plain text. A few hundred examples of what the model is used for are enough; every expert should see some.
+"""
+MODEL = "model folder, GGUF file or hub id: the one to quantize, or an 8-bit copy"
+Result = TypeVar("Result")
+
+
+def over_examples(name: str, model: str, data: str, work: Callable[..., Result]) -> Result:
+    """What `work(model, tokenizer, examples, on_event)` returns, its events (done, total) on stderr. Raises
+    DgemmaError."""
+    from mlx_dgemma import load
+
+    from .examples import read_examples
+
+    examples = read_examples(data)  # before the weights, so that a wrong file costs nothing
+    loaded, tokenizer = load(model)
+    with Bars(TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(name, total=None)
+
+        def draw(event):
+            progress.update(task, completed=event.done, total=event.total)
+
+        return work(loaded, tokenizer, examples, draw)

@@ -1,0 +1,81 @@
+"""How the channels of every matrix's input go together, over the denoising of real examples: what GPTQ rounds by.
+
+Shapes   products (experts, row, row) float32, summed over inputs
+Source   GPTQ's Hessian is twice that sum; calibrate.py says what matrices see
+Differs  all layers at once, from the model as it is: GPTQ's own code goes on with the rounded layers before. The
+         experts of a layer share the products of what enters them: a factor each would take 60 GB for the 26B
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.model import DiffusionGemma
+from mlx_dgemma.tensors import Tensor, text_tensors
+from mlx_dgemma.tokenizer import Tokenizer
+
+from .calibrate import ROLES, experts_of, model_identity, not_finite_inputs, run_passes
+from .examples import Example
+from .factors import about_of, entry_of, write_factors
+from .gptq import factor, with_others
+
+ENTERS_EXPERTS = "ffn_gate_up_exps"
+
+
+def products(x: mx.array, experts: mx.array | None, n_experts: int) -> mx.array:
+    """x (…, row), or with experts (M,) ascending x (M, 1, row) → (n_experts, row, row) float32"""
+    rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+    if experts is None or n_experts == 1:
+        return (rows.T @ rows)[None]
+    ends = mx.cumsum((experts[:, None] == mx.arange(n_experts)).sum(axis=0))
+    starts = mx.concatenate([mx.zeros(1, ends.dtype), ends[:-1]])
+    return mx.segmented_mm(rows.T, rows, mx.stack([starts, ends], axis=1).astype(mx.uint32))
+
+
+def listened_to(model: DiffusionGemma, roles: tuple[str, ...] = ROLES) -> dict[Tensor, int]:
+    """The matrices whose inputs are collected, one of each input → how many factors it gets."""
+    tensors = [t for t in text_tensors(model.config) if t.role in roles and entry_of(t) == t.gguf]
+    return {t: 1 if t.gguf_part == ENTERS_EXPERTS else experts_of(t) for t in tensors}
+
+
+def collect_factors(
+    model: DiffusionGemma,
+    tokenizer: Tokenizer,
+    examples: Iterable[Example],
+    path: Path,
+    seed: int = 0,
+    limit: int | None = None,
+    roles: tuple[str, ...] = ROLES,
+    on_event: Callable = lambda event: None,
+) -> tuple[int, int]:
+    """Write the factors of what the matrices of `roles` saw to `path`. → matrices, canvases. Raises DgemmaError."""
+    experts = listened_to(model, roles)
+    sums = {t: mx.zeros((n, t.shape[-1], t.shape[-1])) for t, n in experts.items()}
+
+    def take(tensor, seen):
+        sums[tensor] = sums[tensor] + seen
+        squares = mx.diagonal(sums[tensor], axis1=1, axis2=2)
+        # Evaluated one at a time: all of a pass at once would take as much memory again.
+        if not mx.isfinite(squares).all().item():
+            raise not_finite_inputs(tensor)
+
+    looks = {t: partial(products, n_experts=n) for t, n in experts.items()}
+    done = 0
+
+    def count(event):
+        nonlocal done
+        done = event.done
+        on_event(event)
+
+    canvases = run_passes(model, tokenizer, examples, looks, take, seed=seed, limit=limit, on_event=count)
+
+    def factors():
+        for tensor in list(sums):
+            yield from map(factor, with_others(np.array(sums.pop(tensor))))
+
+    shapes = {t.gguf: (n, t.shape[-1]) for t, n in experts.items()}
+    write_factors(path, shapes, factors(), about_of(model_identity(model), done, canvases, seed))
+    return len(experts), canvases

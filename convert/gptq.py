@@ -1,0 +1,69 @@
+"""Rounding that makes up for its errors: what one column gets wrong, the columns after it take back.
+
+Shapes   rows (rows, row) float32; products (row, row): what the inputs' channels multiply to, summed over inputs;
+         factor (row, row), upper triangular: the Cholesky factor of the products' inverse
+Source   GPTQ (arXiv 2210.17323): the order, the factor, the updates by blocks; refit.py for scales and biases
+Differs  a group's scale is fitted when its first column is reached, and columns stay in their order, because MLX's
+         groups lie side by side. Damping and the other experts' share are measured here (docs/log.md)
+
+factors.py keeps factors, correlations.py collects what they are made from; everything here is pure.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mlx_dgemma.floats import to_float32
+
+from .recipes_mlx import Precision
+from .refit import pack, rounded
+
+DAMPING = 0.1  # of the mean diagonal, added to all of it
+OTHERS = 0.02  # of the mean expert's products, added to every expert's: some see few inputs, or none
+
+
+def with_others(products: np.ndarray) -> np.ndarray:
+    """(experts, row, row) → the same, each with a share of what the others saw."""
+    if len(products) == 1:
+        return products
+    return products + OTHERS * products.mean(axis=0)
+
+
+def factor(products: np.ndarray) -> np.ndarray:
+    """(row, row) → (row, row) float32 U with UᵀU = (products + damping)⁻¹; the identity where nothing was seen."""
+    products = products.astype(np.float64)
+    mean = np.diag(products).mean()
+    if mean <= 0:
+        return np.eye(len(products), dtype=np.float32)
+    damped = products + DAMPING * mean * np.eye(len(products))
+    return np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(damped)).T, np.float32)
+
+
+def gptq(
+    values: np.ndarray,
+    factor: np.ndarray,
+    fit: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    dtype: str,
+    precision: Precision,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Words, scales and biases of an affine precision. values: (rows, row) float32.
+
+    fit: one group of every row, (rows, G) float32 → its scales and biases (rows, 1), stored as `dtype`.
+    """
+    G, most = precision.group_size, 2**precision.bits - 1
+    left = np.array(values.T, np.float32, order="C")  # (row, rows): what is still to be rounded, columns side by side
+    codes = np.empty(left.shape, np.uint8)
+    stored = []
+    for start in range(0, len(left), G):
+        group = left[start : start + G]
+        stored.append(fit(np.ascontiguousarray(group.T)))
+        scale, bias = (to_float32(a, dtype)[:, 0] for a in stored[-1])
+        local, errors = factor[start : start + G, start : start + G], np.empty_like(group)
+        for j, column in enumerate(group):
+            code = rounded(column, scale, bias, most)
+            errors[j] = (column - (code * scale + bias)) / local[j, j]
+            group[j + 1 :] -= local[j, j + 1 :, None] * errors[j]
+            codes[start + j] = code
+        left[start + G :] -= factor[start : start + G, start + G :].T @ errors
+    scales, biases = (np.concatenate(parts, axis=1) for parts in zip(*stored, strict=True))
+    return pack(np.ascontiguousarray(codes.T), precision.bits), scales, biases

@@ -1,0 +1,76 @@
+"""python -m convert gptq MODEL --data FILE --out FILE: what `--gptq` of `python -m convert` reads.
+
+The result goes to stdout, progress to stderr. Exit codes: 0 done, 1 an `error:` line, 2 wrong usage, 130 interrupted;
+after anything but 0 nothing is left behind.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from mlx_dgemma.cli import guarded
+from mlx_dgemma.units import count, human_bytes
+
+from .collecting import EPILOG, MODEL, over_examples
+from .output import appears_when_done
+
+ROLES = ("attention", "dense", "expert", "self_conditioning")
+OUT = "gptq.safetensors"
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    if args.examples is not None and args.examples < 1:
+        _parser().error("--examples must be at least 1")
+    return guarded(lambda: _run(args))
+
+
+def _run(args):
+    began = time.monotonic()
+    with appears_when_done(Path(args.out), 0, folder=False) as scratch:  # a wrong place is known before the work
+
+        def work(model, tokenizer, examples, draw):
+            from .correlations import collect_factors
+
+            roles = tuple(args.roles or ROLES)
+            return collect_factors(
+                model, tokenizer, examples, scratch, args.seed, args.examples, roles=roles, on_event=draw
+            )
+
+        matrices, canvases = over_examples("gptq", args.model, args.data, work)
+    report = {
+        "out": args.out,
+        "inputs": matrices,
+        "canvases": canvases,
+        "bytes": Path(args.out).stat().st_size,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    print(json.dumps(report) if args.json else _as_text(report))
+    return 0
+
+
+def _as_text(report):
+    size = human_bytes(report["bytes"])
+    return "{out}: {0}, {canvases:,} canvases, {1}, {seconds:.1f} s".format(
+        count(report["inputs"], "input"), size, **report
+    )
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m convert gptq",
+        description="Collect how the inputs of every matrix go together, so that rounding can make up for its errors.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--data", required=True, metavar="FILE", help="examples, see below")
+    parser.add_argument("--out", default=OUT, metavar="FILE", help=f"new file (default: {OUT})")
+    parser.add_argument("--examples", type=int, metavar="N", help="use the first N examples (default: all)")
+    parser.add_argument(
+        "--roles", nargs="+", choices=ROLES, help="which tensors; all of the 26B take 14 GB of memory, expert alone 9"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses the noise (default 0)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser

@@ -1,0 +1,349 @@
+"""Rounding that makes up for its errors: the math against a slow twin, what is collected, what a conversion does."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_dgemma
+from convert import convert, correlations
+from convert import factors as factors_module
+from convert.calibrate import ROLES, collect, model_identity
+from convert.checkpoint import find_source, open_checkpoint
+from convert.cli import main
+from convert.correlations import collect_factors, listened_to, products
+from convert.examples import Example
+from convert.factors import Factors, packed, unpacked, write_factors
+from convert.gptq import DAMPING, factor, gptq, with_others
+from convert.identity import identity_of
+from convert.recipes_mlx import PRECISIONS
+from convert.to_mlx import quantize
+from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.shards import stored_tensors
+from mlx_dgemma.tensors import text_tensors
+from tests.test_resume import contents, interrupted, resumed
+from tests.tiny import make_tiny_checkpoint
+
+EXAMPLES = [
+    Example(({"role": "user", "content": "rain"},), "and then the sea"),
+    Example(({"role": "user", "content": "the road"},), "the rain and the road on the sea"),
+]
+DEMO = "demo/checkpoint"
+
+
+def inputs(n, row, seed=0):
+    """Inputs whose channels go together."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((row, row)) + 3 * np.eye(row)
+    return rng.standard_normal((n, row)) @ mixed
+
+
+def weights(rows, row, seed=1):
+    return np.random.default_rng(seed).standard_normal((rows, row)).astype(np.float32)
+
+
+# By formula
+
+
+def test_a_factor_is_that_of_the_damped_inverse():
+    x = inputs(300, 64)
+    wanted = x.T @ x
+    found = factor(wanted).astype(np.float64)
+    assert (found == np.triu(found)).all() and (np.diag(found) > 0).all()
+    wanted += DAMPING * np.diag(wanted).mean() * np.eye(64)
+    assert np.abs(found @ wanted @ found.T - np.eye(64)).max() < 1e-4
+    assert np.array_equal(factor(np.zeros((8, 8))), np.eye(8, dtype=np.float32))
+
+
+def test_an_expert_that_saw_nothing_goes_by_the_others():
+    x = inputs(300, 16)
+    seen = np.stack([x.T @ x, 2 * x.T @ x, np.zeros((16, 16))])
+    found = with_others(seen)
+    assert np.allclose(found[0], 1.02 * seen[0]) and np.allclose(found[2], 0.02 * seen[0])
+    assert np.array_equal(with_others(seen[:1]), seen[:1])
+
+
+# Against a slow twin
+
+
+def twin(values, inverse, fit, precision):
+    """One column after the other; after each, the inverse forgets it by elimination."""
+    values, inverse = values.astype(np.float64).copy(), inverse.copy()
+    G, codes = precision.group_size, []
+    for j in range(values.shape[1]):
+        if j % G == 0:
+            scale, bias = fit(values[:, j : j + G].astype(np.float32))
+        code = np.clip(np.rint((values[:, j] - bias[:, 0]) / scale[:, 0]), 0, 2**precision.bits - 1)
+        error = values[:, j] - (code * scale[:, 0] + bias[:, 0])
+        values -= np.outer(error / inverse[j, j], inverse[j])
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        codes.append(code)
+    return np.stack(codes, axis=1)
+
+
+def fit_of(precision):
+    """MLX's own scales."""
+    return lambda group: quantize(group, "F32", precision)[1:]
+
+
+def codes_of(words, bits):
+    from convert.verify import _unpack
+
+    return _unpack(words, bits)
+
+
+@pytest.mark.parametrize("name", ["q2", "q4", "q4-g32", "q6", "q8"])
+def test_codes_are_the_twins(name):
+    precision, values, x = PRECISIONS[name], weights(20, 192), inputs(600, 192)
+    damped = x.T @ x + DAMPING * np.square(x).sum(axis=0).mean() * np.eye(192)
+    words, scales, biases = gptq(values, factor(x.T @ x), fit_of(precision), "F32", precision)
+    assert scales.shape == biases.shape == (20, 192 // precision.group_size)
+    found = codes_of(words, precision.bits)
+    wanted = twin(values, np.linalg.inv(damped), fit_of(precision), precision)
+    assert (found != wanted).mean() < 0.01  # float32 here, float64 there
+
+
+def loss(values, x, words, scales, biases, precision):
+    how = {"group_size": precision.group_size, "bits": precision.bits}
+    rounded = np.array(mx.dequantize(*map(mx.array, (words, scales, biases)), **how))
+    return np.square((rounded - values) @ x.T).sum()
+
+
+@pytest.mark.parametrize("name", ["q3", "q4"])
+def test_what_a_matrix_makes_of_its_inputs_is_closer(name):
+    precision, values, x = PRECISIONS[name], weights(32, 256), inputs(2000, 256)
+    plain = quantize(values, "F32", precision)
+    corrected = gptq(values, factor(x.T @ x), fit_of(precision), "F32", precision)
+    others = inputs(2500, 256)[2000:]  # of the same kind, and none of them seen
+    assert loss(values, others, *corrected, precision) < 0.6 * loss(values, others, *plain, precision)
+
+
+def test_inputs_that_do_not_go_together_leave_the_nearest_codes():
+    precision, values = PRECISIONS["q4"], weights(8, 128)
+    found = gptq(values, np.eye(128, dtype=np.float32), fit_of(precision), "F32", precision)
+    assert loss(values, np.eye(128), *found, precision) <= loss(values, np.eye(128), *quantize(
+        values, "F32", precision), precision) * (1 + 1e-6)  # fmt: skip
+
+
+def test_a_group_of_equal_weights():
+    precision, values = PRECISIONS["q4"], np.zeros((2, 128), np.float32)
+    values[1] = 0.25
+    words, scales, biases = gptq(values, factor(np.eye(128)), fit_of(precision), "F32", precision)
+    assert loss(values, np.eye(128), words, scales, biases, precision) < 1e-9
+
+
+# The file
+
+
+def test_triangles_are_packed(tmp_path):
+    found = np.triu(weights(5, 5))
+    assert packed(found).shape == (15,) and np.array_equal(unpacked(packed(found), 5), found)
+
+
+def test_threads_may_share_a_file(tmp_path, tiny_model, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    monkeypatch.setattr(factors_module, "KEPT", 2)
+    down = next(t for t in text_tensors(tiny_model[0].config) if t.gguf_part == "ffn_down_exps")
+    experts, row = down.shape[0], down.shape[-1]
+    made = [np.triu(weights(row, row, seed)) for seed in range(experts)]
+    write_factors(tmp_path / "f", {down.gguf: (experts, row)}, made, {"model": "m"})
+    found, read = Factors(tmp_path / "f").of(down)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(read, list(range(experts)) * 3))
+    assert found == experts
+    assert all(np.array_equal(r, made[i % experts]) for i, r in enumerate(results))
+
+
+# What is collected
+
+
+def test_products_are_summed_per_expert():
+    x = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
+    assert np.allclose(products(mx.array(x)[None], None, 1), (x.T @ x)[None], atol=1e-5)
+    found = np.array(products(mx.array(x)[:, None], mx.array([0, 0, 2, 2, 2, 3]), 5))
+    for expert, rows in enumerate([x[:2], x[:0], x[2:5], x[5:], x[:0]]):
+        assert np.allclose(found[expert], rows.T @ rows, atol=1e-5)
+    assert np.allclose(products(mx.array(x)[:, None], mx.array([0, 0, 2, 2, 2, 3]), 1), (x.T @ x)[None], atol=1e-5)
+    assert products(mx.ones((1000, 2), mx.bfloat16), None, 1).tolist() == [[[1000, 1000]] * 2]
+
+
+@pytest.fixture(scope="module")
+def collected(tiny_model, tmp_path_factory):
+    """The file, and the products it was made from."""
+    path, seen = tmp_path_factory.mktemp("gptq") / "gptq.safetensors", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(correlations, "with_others", lambda found: seen.append(found) or with_others(found))
+        collect_factors(*tiny_model, EXAMPLES, path, seed=5)
+    return path, dict(zip(listened_to(tiny_model[0]), seen, strict=True))
+
+
+def test_squares_are_the_importance_matrix(tiny_model, collected):
+    """Which has its own slow twin."""
+    imatrix = collect(*tiny_model, EXAMPLES, seed=5)
+    listened = {t.gguf: found for t, found in collected[1].items()}
+    for t in (t for t in text_tensors(tiny_model[0].config) if t.role in ROLES):
+        sums = imatrix.entries[t.gguf].sums
+        diagonal = np.diagonal(listened[factors_module.entry_of(t)], axis1=1, axis2=2)
+        # What enters the experts is kept for all of them; only keys and values of the encoder's last layer are used.
+        wanted = sums.sum(axis=0, keepdims=True) if t.gguf_part == "ffn_gate_up_exps" else sums
+        if not (t.layer == 5 and t.gguf_part == "attn_q"):
+            assert diagonal == pytest.approx(wanted, rel=1e-4, abs=1e-5 * float(wanted.max())), t.gguf
+
+
+def test_a_file_has_a_factor_for_every_input(tiny_model, collected):
+    opened = Factors(collected[0])
+    config = tiny_model[0].config
+    for t in text_tensors(config):
+        found = opened.of(t)
+        assert (found is not None) == (t.role in ROLES), t.gguf
+        if found:
+            experts, read = found
+            assert experts == (config.num_experts if t.gguf_part == "ffn_down_exps" else 1)
+            wanted = factor(
+                with_others(collected[1][next(k for k in collected[1] if k.gguf == factors_module.entry_of(t))])[-1]
+            )
+            assert np.array_equal(read(experts - 1), wanted)
+    assert opened.model == model_identity(tiny_model[0])
+
+
+def test_inputs_that_overflow_are_refused(tiny, tmp_path):
+    model, tokenizer = mlx_dgemma.load(tiny)
+    norm = model.model.decoder.layers[4].pre_feedforward_layernorm
+    norm.weight = norm.weight * 1e30
+    with pytest.raises(DgemmaError, match=r"^blk.4.ffn_gate.weight: its inputs are not finite"):
+        collect_factors(model, tokenizer, EXAMPLES[:1], tmp_path / "f")
+
+
+# Which model
+
+
+def test_a_model_is_the_same_whatever_it_is_quantized_to(tiny, tmp_path):
+    convert(tiny, tmp_path / "q4", recipe="q4")
+    convert(tiny, tmp_path / "x.gguf", to="gguf", recipe="Q8_0")
+    known = identity_of(open_checkpoint(find_source(tiny)))
+    assert identity_of(open_checkpoint(tmp_path / "x.gguf")) == known
+    for path in (tiny, tmp_path / "q4", tmp_path / "x.gguf"):
+        assert model_identity(mlx_dgemma.load(path)[0]) == known
+    other = make_tiny_checkpoint(tmp_path / "other", seed=1)
+    assert identity_of(open_checkpoint(find_source(other))) != known
+
+
+# A conversion
+
+
+def arrays(folder):
+    """Name → its stored bytes."""
+    return {
+        name: (t.dtype, t.shape, t.file.read_bytes()[t.start : t.start + t.nbytes])
+        for name, t in stored_tensors(folder).items()
+    }
+
+
+def test_a_folder_is_as_large_and_what_nobody_listened_to_is_fitted(tiny, tmp_path, collected):
+    fitted = convert(tiny, tmp_path / "fitted", recipe="q4", refit=True)
+    report = convert(tiny, tmp_path / "gptq", recipe="q4", gptq=collected[0], verify=True)
+    assert report.plan == fitted.plan
+    before, after = arrays(tmp_path / "fitted"), arrays(tmp_path / "gptq")
+    assert {n: a[:2] for n, a in before.items()} == {n: a[:2] for n, a in after.items()}
+    changed = {n.rsplit(".", 1)[0] for n in before if before[n] != after[n]}
+    listened = {
+        t.module for t in report.plan.tensors if t.tensor.role in ROLES
+    }  # fmt: skip
+    assert changed == listened
+    assert (tmp_path / "fitted/config.json").read_bytes() == (tmp_path / "gptq/config.json").read_bytes()
+    mlx_dgemma.load(tmp_path / "gptq")
+
+
+@pytest.mark.parametrize("roles", [("expert",), ("attention", "self_conditioning")])
+def test_only_some_roles(tiny, tiny_model, tmp_path, roles):
+    collect_factors(*tiny_model, EXAMPLES[:1], tmp_path / "f", roles=roles)
+    report = convert(tiny, tmp_path / "gptq", recipe="q4", gptq=tmp_path / "f")
+    convert(tiny, tmp_path / "fitted", recipe="q4", refit=True)
+    before, after = arrays(tmp_path / "fitted"), arrays(tmp_path / "gptq")
+    changed = {n.rsplit(".", 1)[0] for n in before if before[n] != after[n]}
+    assert changed == {t.module for t in report.plan.tensors if t.tensor.role in roles}
+
+
+def test_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch, collected):
+    from tests.test_resume import convert as module
+
+    monkeypatch.setattr(module.work, "SYNC_BYTES", 0)
+    options = {"recipe": "q4", "gptq": collected[0]}
+    interrupted(monkeypatch, 60, tiny, tmp_path / "out", **options)
+    with pytest.raises(DgemmaError, match="of an interrupted conversion with another recipe"):
+        convert(tiny, tmp_path / "out", recipe="q4", refit=True)
+    assert resumed(tiny, tmp_path / "out", **options)[0].tensors > 0
+    convert(tiny, tmp_path / "want", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "want")
+
+
+def test_other_precisions_stay_and_say_so(tiny, tmp_path, collected):
+    mixed = tmp_path / "mixed.json"
+    mixed.write_text(json.dumps({"name": "mixed", "roles": {"expert": "mxfp4", "attention": "q4"}}))
+    report = convert(tiny, tmp_path / "gptq", recipe=mixed, gptq=collected[0])
+    assert "--gptq leaves mxfp4 as they are" in " ".join(report.notes)
+    convert(tiny, tmp_path / "plain", recipe=mixed)
+    before, after = arrays(tmp_path / "plain"), arrays(tmp_path / "gptq")
+    assert (
+        before["model.decoder.layers.0.experts.gate_up_proj.weight"]
+        == after["model.decoder.layers.0.experts.gate_up_proj.weight"]
+    )
+
+
+# Bad input
+
+
+def test_what_is_refused(tiny, tmp_path, collected, capsys):
+    def refused(message, *args, **options):
+        with pytest.raises(DgemmaError, match=message):
+            convert(*args, **{"gptq": collected[0]} | options)
+        assert not (tmp_path / "out").exists()
+
+    refused("--gptq is for MLX folders", tiny, tmp_path / "out.gguf", to="gguf")
+    refused("--gptq rounds affine precisions", tiny, tmp_path / "out", recipe="bf16")
+    refused("--gptq rounds affine precisions .* in recipe none", tiny, tmp_path / "out", recipe=_recipe(tmp_path))
+    refused("nowhere: no such file", tiny, tmp_path / "out", gptq=tmp_path / "nowhere")
+    (tmp_path / "text").write_text("no weights at all, and long enough")
+    refused("text: its header", tiny, tmp_path / "out", gptq=tmp_path / "text")
+    refused("format is 'pt', expected 'dgemma-gptq 1'", tiny, tmp_path / "out", gptq=tiny / "model.safetensors")
+    other = make_tiny_checkpoint(tmp_path / "other", seed=1)
+    refused("was measured on another model .* `python -m convert gptq`", other, tmp_path / "out")
+    refused("was measured on another model", DEMO, tmp_path / "out")
+
+
+def _recipe(tmp_path):
+    path = tmp_path / "none.json"
+    roles = dict.fromkeys(("embedding", "attention", "dense", "router", "expert", "self_conditioning"), "nvfp4")
+    path.write_text(json.dumps({"name": "none", "roles": roles}))
+    return path
+
+
+def test_an_entry_of_another_size_is_named(tmp_path, tiny_model, tiny):
+    tensor = next(t for t in text_tensors(tiny_model[0].config) if t.gguf_part == "attn_k")
+    write_factors(tmp_path / "f", {tensor.gguf: (1, 3)}, [np.eye(3)], {"model": model_identity(tiny_model[0])})
+    with pytest.raises(DgemmaError, match=r"blk.0.attn_k.weight is F32 \(1, 6\), expected F32 \(1, \d+\)"):
+        convert(tiny, tmp_path / "out", recipe="q4", gptq=tmp_path / "f")
+
+
+# The command
+
+
+def test_the_command_writes_what_convert_reads(tiny, tmp_path, capsys):
+    data = tmp_path / "x.jsonl"
+    data.write_text('{"prompt": "rain", "answer": "sea"}\n{"prompt": "road", "answer": "and sand"}\n')
+    command = ["gptq", str(tiny), "--data", str(data), "--out", str(tmp_path / "g"), "--examples", "1"]
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["out"], report["canvases"]) == (str(tmp_path / "g"), 10)
+    assert report["bytes"] == (tmp_path / "g").stat().st_size
+    assert main([str(tiny), str(tmp_path / "out"), "--gptq", str(tmp_path / "g")]) == 0
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "already exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*command[:-1], "0"])
+    data.write_text("{")
+    assert main(["gptq", str(tiny), "--data", str(data), "--out", str(tmp_path / "h"), "--roles", "expert"]) == 1
+    assert "not JSON" in capsys.readouterr().err and not (tmp_path / "h").exists()
