@@ -180,6 +180,8 @@ class Measurement:
         return report
 
     def run(self) -> list[str]:
+        if not self.tasks and not self.args.no_tasks:
+            self.note(f"nothing end to end: {self.args.data} has no answers; a .jsonl of prompts and answers has")
         left = [c for c in self.candidates if self.args.again or not self._done(c)]
         for candidate in (c for c in self.candidates if c not in left):
             self.note(f"{candidate.name}: in {self.args.json} already; --again measures it again")

@@ -107,13 +107,15 @@ def run_passes(
     """Run `model` over the examples, `limit` passages at most. → canvases denoised
 
     ts: shares of noise; every canvas is denoised at each, without self-conditioning and with it. `take(tensor, seen)`
-    gets what a tensor's look made of one pass, not evaluated yet. Raises DgemmaError.
+    gets what a tensor's look made of one pass, not evaluated yet. The embedding sees what becomes logits. Raises
+    DgemmaError.
     """
     config, stream = model.config, NoiseStream(seed)
     found = list(itertools.islice(passages(examples, tokenizer, config.canvas_length), limit))
     check_context([len(p.prompt) + p.canvases.size for p in found], config.max_position_embeddings)
     last, n = config.num_hidden_layers - 1, 0
-    with tapped(model, looks) as taps:
+    tables = {t: look for t, look in looks.items() if t.role == "embedding"}
+    with tapped(model, {t: look for t, look in looks.items() if t not in tables}) as taps:
         # Nothing but keys and values leaves the encoder: the rest of its last layer is never computed in use.
         encoder = {t: tap for t, tap in taps.items() if t.layer != last or t.gguf_part in ("attn_k", "attn_v")}
 
@@ -136,9 +138,13 @@ def run_passes(
             for block, clean in enumerate(passage.canvases):
                 for t in ts:
                     canvas = mx.array(corrupt(clean[None], t, stream, [i], block, config.vocab_size)[0])
-                    logits = model.denoise(canvas, cache) / temperature_at(t, model.generation_config)
-                    model.denoise_hidden(canvas, cache, model.soft_embedding(logits.astype(model.dtype)))
+                    first = model.denoise_hidden(canvas, cache)
+                    logits = model.logits(first) / temperature_at(t, model.generation_config)
+                    second = model.denoise_hidden(canvas, cache, model.soft_embedding(logits.astype(model.dtype)))
                     take_from(taps)
+                    for table, look in tables.items():
+                        take(table, look(first, None))
+                        take(table, look(second, None))
                     n += 2
                 encode(clean, cache)
             on_event(PassageDone(i + 1, len(found)))

@@ -13,14 +13,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.model import DiffusionGemma
-from mlx_dgemma.tensors import Tensor, text_tensors
+from mlx_dgemma.products import device_memory
+from mlx_dgemma.tensors import QUANTIZED_ROLES, Tensor, text_tensors
 from mlx_dgemma.tokenizer import Tokenizer
+from mlx_dgemma.units import human_bytes
 
-from .calibrate import ROLES, experts_of, model_identity, not_finite_inputs, run_passes
+from .calibrate import experts_of, model_identity, not_finite_inputs, run_passes
 from .examples import Example
 from .factors import about_of, entry_of, write_factors
 from .gptq import factor, with_others
+from .output import check_space
 
 ENTERS_EXPERTS = "ffn_gate_up_exps"
 
@@ -35,10 +39,23 @@ def products(x: mx.array, experts: mx.array | None, n_experts: int) -> mx.array:
     return mx.segmented_mm(rows.T, rows, mx.stack([starts, ends], axis=1).astype(mx.uint32))
 
 
-def listened_to(model: DiffusionGemma, roles: tuple[str, ...] = ROLES) -> dict[Tensor, int]:
+def listened_to(model: DiffusionGemma, roles: tuple[str, ...] = QUANTIZED_ROLES) -> dict[Tensor, int]:
     """The matrices whose inputs are collected, one of each input → how many factors it gets."""
     tensors = [t for t in text_tensors(model.config) if t.role in roles and entry_of(t) == t.gguf]
     return {t: 1 if t.gguf_part == ENTERS_EXPERTS else experts_of(t) for t in tensors}
+
+
+def check_room(experts: dict[Tensor, int], path: Path, room: int | None = None) -> None:
+    """Raises DgemmaError where the sums do not fit beside the model, or the file not on its disk. room: bytes."""
+    room = device_memory() if room is None else room
+    need = sum(n * t.shape[-1] ** 2 * 4 for t, n in experts.items())
+    if room is not None and need > room - mx.get_active_memory():
+        of_experts = sum(n * t.shape[-1] ** 2 * 4 for t, n in experts.items() if t.role == "expert")
+        raise DgemmaError(
+            f"{human_bytes(room - mx.get_active_memory())} are left beside the model, expected {human_bytes(need)} for "
+            f"the products of its inputs; `--roles expert` takes {human_bytes(of_experts)}, or give an 8-bit copy"
+        )
+    check_space(path, need // 2)
 
 
 def collect_factors(
@@ -48,11 +65,12 @@ def collect_factors(
     path: Path,
     seed: int = 0,
     limit: int | None = None,
-    roles: tuple[str, ...] = ROLES,
+    roles: tuple[str, ...] = QUANTIZED_ROLES,
     on_event: Callable = lambda event: None,
 ) -> tuple[int, int]:
     """Write the factors of what the matrices of `roles` saw to `path`. → matrices, canvases. Raises DgemmaError."""
     experts = listened_to(model, roles)
+    check_room(experts, path)
     sums = {t: mx.zeros((n, t.shape[-1], t.shape[-1])) for t, n in experts.items()}
 
     def take(tensor, seen):

@@ -84,6 +84,6 @@ def _free_bytes(out):
 
 def _disk_full(out, needed, free):
     return DgemmaError(
-        f"{out}: the disk is full, the conversion needs {human_bytes(needed)} ({needed} bytes) and "
+        f"{out}: the disk is full, the output needs {human_bytes(needed)} ({needed} bytes) and "
         f"{human_bytes(free)} ({free} bytes) are free; free some space or choose another disk"
     )

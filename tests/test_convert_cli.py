@@ -146,7 +146,7 @@ def test_too_little_space_is_known_before_the_start(error_line, monkeypatch):
     usage = shutil.disk_usage(ROOT)._replace(free=1000)
     monkeypatch.setattr(convert.output.shutil, "disk_usage", lambda folder: usage)
     line = error_line("--recipe", "q4")
-    assert "the disk is full, the conversion needs 88" in line
+    assert "the disk is full, the output needs 88" in line
     assert "1.00 kB (1000 bytes) are free; free some space or choose another disk" in line
 
 
@@ -163,7 +163,7 @@ def test_disk_full_in_the_middle(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(convert.work._File, "write", full_after_300_kilobytes)
     assert main([str(tiny), str(tmp_path / "out")]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "out: the disk is full, the conversion needs" in line
+    assert "out: the disk is full, the output needs" in line
     assert "bytes) are free; free some space or choose another disk; " in line
     assert f"of 143 tensors are kept in {tmp_path / 'out.partial'}; the same command goes on from there" in line
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]

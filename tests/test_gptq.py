@@ -12,7 +12,7 @@ from convert import factors as factors_module
 from convert.calibrate import ROLES, collect, model_identity
 from convert.checkpoint import find_source, open_checkpoint
 from convert.cli import main
-from convert.correlations import collect_factors, listened_to, products
+from convert.correlations import check_room, collect_factors, listened_to, products
 from convert.examples import Example
 from convert.factors import Factors, packed, unpacked, write_factors
 from convert.gptq import DAMPING, factor, gptq, with_others
@@ -21,7 +21,7 @@ from convert.recipes_mlx import PRECISIONS
 from convert.to_mlx import quantize
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.shards import stored_tensors
-from mlx_dgemma.tensors import text_tensors
+from mlx_dgemma.tensors import QUANTIZED_ROLES, text_tensors
 from tests.test_resume import contents, interrupted, resumed
 from tests.tiny import make_tiny_checkpoint
 
@@ -197,7 +197,7 @@ def test_a_file_has_a_factor_for_every_input(tiny_model, collected):
     config = tiny_model[0].config
     for t in text_tensors(config):
         found = opened.of(t)
-        assert (found is not None) == (t.role in ROLES), t.gguf
+        assert (found is not None) == (t.role in QUANTIZED_ROLES), t.gguf
         if found:
             experts, read = found
             assert experts == (config.num_experts if t.gguf_part == "ffn_down_exps" else 1)
@@ -214,6 +214,28 @@ def test_inputs_that_overflow_are_refused(tiny, tmp_path):
     norm.weight = norm.weight * 1e30
     with pytest.raises(DgemmaError, match=r"^blk.4.ffn_gate.weight: its inputs are not finite"):
         collect_factors(model, tokenizer, EXAMPLES[:1], tmp_path / "f")
+
+
+def test_what_does_not_fit_is_refused_before_it_begins(tiny_model, tmp_path, monkeypatch):
+    experts = listened_to(tiny_model[0])
+    with pytest.raises(DgemmaError, match=r"are left beside the model, expected .* `--roles expert` takes"):
+        check_room(experts, tmp_path / "f", mx.get_active_memory() + 100_000)
+    monkeypatch.setattr("convert.output._free_bytes", lambda out: 100_000)
+    with pytest.raises(DgemmaError, match="the disk is full"):
+        collect_factors(*tiny_model, EXAMPLES, tmp_path / "f")
+
+
+def test_the_26bs_figures():
+    """As --help and the documentation give them."""
+    from convert.fit import RELEASED
+    from mlx_dgemma.config import parse_config, read_json
+
+    class Released:
+        config = parse_config(read_json(RELEASED))
+
+    sizes = {roles: sum(n * t.shape[-1] ** 2 * 4 for t, n in listened_to(Released, roles).items())
+             for roles in (QUANTIZED_ROLES, ("expert",))}  # fmt: skip
+    assert [round(n / 1e9, 1) for n in sizes.values()] == [15.1, 8.6]
 
 
 # Which model
@@ -249,7 +271,7 @@ def test_a_folder_is_as_large_and_what_nobody_listened_to_is_fitted(tiny, tmp_pa
     assert {n: a[:2] for n, a in before.items()} == {n: a[:2] for n, a in after.items()}
     changed = {n.rsplit(".", 1)[0] for n in before if before[n] != after[n]}
     listened = {
-        t.module for t in report.plan.tensors if t.tensor.role in ROLES
+        t.module for t in report.plan.tensors if t.tensor.role in QUANTIZED_ROLES
     }  # fmt: skip
     assert changed == listened
     assert (tmp_path / "fitted/config.json").read_bytes() == (tmp_path / "gptq/config.json").read_bytes()

@@ -389,7 +389,7 @@ def test_no_such_repo(hub, tmp_path):
 def test_too_little_disk(hub, folder, tmp_path, monkeypatch):
     free = 1_000_000
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10 * free, 9 * free, free))
-    with pytest.raises(DgemmaError, match=r"the conversion needs .* and 1.00 MB \(1000000 bytes\) are free") as error:
+    with pytest.raises(DgemmaError, match=r"the output needs .* and 1.00 MB \(1000000 bytes\) are free") as error:
         convert(REPO, tmp_path / "out", low_disk=True)
     needed = int(re.search(r"needs .* \((\d+) bytes\) and", str(error.value))[1])
     output = convert(REPO, None, dry_run=True, low_disk=True).plan.total_bytes

@@ -498,7 +498,7 @@ def test_a_full_disk_keeps_what_was_complete(sharded, tmp_path, monkeypatch, eve
         with pytest.raises(DgemmaError) as error:
             run(sharded, tmp_path / name, **options)
     text = str(error.value)
-    assert text.startswith(f"{tmp_path / name}: the disk is full, the conversion needs ")
+    assert text.startswith(f"{tmp_path / name}: the disk is full, the output needs ")
     assert " of 143 tensors are kept in " in text
     taken, _ = resumed(sharded, tmp_path / name, **options)
     assert taken.tensors == int(text.split(" of 143 ")[0].split()[-1]) > 10
@@ -514,12 +514,12 @@ def test_a_disk_that_is_really_full(sharded, tmp_path, monkeypatch, every_tensor
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mount is not allowed here")
     try:
-        with pytest.raises(DgemmaError, match="the disk is full, the conversion needs 820.* and 40.* are free"):
+        with pytest.raises(DgemmaError, match="the disk is full, the output needs 820.* and 40.* are free"):
             run(sharded, disk / "out", recipe="q4")
         assert list(disk.iterdir()) == []  # known before the start
         with monkeypatch.context() as patch:
             patch.setattr(convert.partial, "check_space", lambda *_: None)
-            with pytest.raises(DgemmaError, match="the disk is full, the conversion needs .* tensors are kept in"):
+            with pytest.raises(DgemmaError, match="the disk is full, the output needs .* tensors are kept in"):
                 run(sharded, disk / "out", recipe="q4")
         assert not (disk / "out").exists()
         subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
