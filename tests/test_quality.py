@@ -469,6 +469,13 @@ def test_of_plain_text_whole_canvases_are_taken(tiny_model, tmp_path):
     assert data.questions == []
 
 
+def test_plain_text_asks_nothing_and_says_so(models, tmp_path, capsys):
+    file = tmp_path / "text.txt"
+    file.write_text("def add(a, b):\n    return a + b\n" * 12)
+    quality.main([CHECKPOINT, str(models / "q8"), "--data", str(file), "--canvases", "1"])
+    assert f"nothing end to end: {file} has no answers; a .jsonl of prompts" in capsys.readouterr().err
+
+
 def test_a_file_of_answers_is_asked_too(tiny_model, tmp_path):
     tokenizer, config = tiny_model[1], tiny_model[0].config
     file = tmp_path / "x.jsonl"
