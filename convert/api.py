@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.gguf.types import FLOATS
 from mlx_dgemma.quality import RoleError
 from mlx_dgemma.tensors import Tensor
 
@@ -23,6 +24,7 @@ from .partial import partial_output
 from .plan import Plan, make_plan, plan_from_config
 from .plan_gguf import GgufPlan, make_gguf_plan
 from .recipes import DEFAULTS, TARGETS, find_recipe
+from .recipes_gguf import GGUF_QUANTIZED_ROLES
 from .work import do
 
 
@@ -81,7 +83,7 @@ def convert(
     dry_run: plan only; needs config.json alone (or a GGUF's header), and no `out`.
     low_disk: `src` is a hub id; a shard is fetched, converted and deleted before the next one is fetched.
     refit: fit the scales of affine precisions to the rounded weights (refit.py); only for "mlx".
-    gptq: a file of `python -m convert gptq`: round so that columns make up for each other (gptq.py); only for "mlx".
+    gptq: a file of `python -m convert gptq`: round so that columns make up for each other's errors (gptq.py).
     Raises DgemmaError; `out` is then as it was. Tensors that were complete are kept in `out`.partial, where the same
     call goes on, whatever ended the one before: an error, KeyboardInterrupt, `kill -9`.
     """
@@ -92,8 +94,6 @@ def convert(
         raise DgemmaError(f"an importance matrix is for GGUF files, found --to {to}; leave it out or use --to gguf")
     if refit and to != "mlx":
         raise DgemmaError(f"--refit is for MLX folders, found --to {to}; leave it out, ggml's quantizers fit anyway")
-    if gptq is not None and to != "mlx":
-        raise DgemmaError(f"--gptq is for MLX folders, found --to {to}; ggml's quantizers take --imatrix instead")
     recipe = find_recipe(recipe or DEFAULTS[to], to, tensor_types)
     if out is None and not dry_run:
         raise DgemmaError("no output was given, expected a new name; only a dry run does without")
@@ -168,15 +168,16 @@ def plan_of(checkpoint, to, recipe, importance=None):
 
 
 def _without_gptq(plan):
-    """Raises DgemmaError where it would change nothing."""
-    quantized = [t for t in plan.tensors if t.precision.is_quantized]
-    others = [t for t in quantized if t.precision.mode != "affine"]
-    if len(others) == len(quantized):
-        raise DgemmaError(f"--gptq rounds affine precisions (q4, q6, …), expected some in recipe {plan.recipe.name}")
-    if others:
-        names = ", ".join(sorted({t.precision.name for t in others}))
-        return (f"--gptq leaves {names} as they are: it rounds affine precisions (q4, q6, …)",)
-    return ()
+    """Notes on what it leaves alone. Raises DgemmaError where it would change nothing."""
+    if isinstance(plan, GgufPlan):
+        left = [t.type.name for t in plan.tensors if t.type.name in FLOATS and t.tensor.role in GGUF_QUANTIZED_ROLES]
+        useful, can = {t.type.name for t in plan.tensors} - set(FLOATS), "what ggml quantizes"
+    else:
+        left = [t.precision.name for t in plan.tensors if t.precision.is_quantized and t.precision.mode != "affine"]
+        useful, can = {t.precision.name for t in plan.tensors if t.precision.mode == "affine"}, "q2 to q8"
+    if not useful:
+        raise DgemmaError(f"--gptq rounds {can}, found nothing of it in recipe {plan.recipe.name}; leave it out")
+    return (f"--gptq leaves {', '.join(sorted(set(left)))} alone: it rounds {can}",) if left else ()
 
 
 def _work(
@@ -198,7 +199,7 @@ def _work(
         from .to_gguf import gguf_work
 
         check_can_quantize({t.type.name for t in plan.tensors}, importance is not None)
-        work = gguf_work(checkpoint, plan, importance)
+        work = gguf_work(checkpoint, plan, importance, factors)
         return work, lambda path, worked: verify_gguf(path, checkpoint.values, plan.config, worked)
     from .to_mlx import folder_work
     from .verify import verify_folder

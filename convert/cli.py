@@ -123,7 +123,7 @@ def _parser():
     )
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, from llama.cpp or `convert imatrix`")
     parser.add_argument("--refit", action="store_true", help="MLX: less error in the same bytes; slower")
-    parser.add_argument("--gptq", metavar="FILE", help="MLX: from `convert gptq`; half the KL in the same bytes")
+    parser.add_argument("--gptq", metavar="FILE", help="from `convert gptq`: rounding makes up for its errors")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; needs only config.json")
     parser.add_argument("--verify", action="store_true", help="reopen the result and report the error per role")
     parser.add_argument(

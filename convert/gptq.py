@@ -4,7 +4,8 @@ Shapes   rows (rows, row) float32; products (row, row): what the inputs' channel
          factor (row, row), upper triangular: the Cholesky factor of the products' inverse
 Source   GPTQ (arXiv 2210.17323): the order, the factor, the updates by blocks; refit.py for scales and biases
 Differs  a group's scale is fitted when its first column is reached, and columns stay in their order, because MLX's
-         groups lie side by side. Damping and the other experts' share are measured here (docs/log.md)
+         groups lie side by side. What somebody else rounds in whole blocks, as ggml does, gets updates between blocks.
+         Damping and the other experts' share are measured here (docs/log.md)
 
 factors.py keeps factors, correlations.py collects what they are made from; everything here is pure.
 """
@@ -67,3 +68,22 @@ def gptq(
         left[start + G :] -= factor[start : start + G, start + G :].T @ errors
     scales, biases = (np.concatenate(parts, axis=1) for parts in zip(*stored, strict=True))
     return pack(np.ascontiguousarray(codes.T), precision.bits), scales, biases
+
+
+def gptq_by_blocks(
+    values: np.ndarray, factor: np.ndarray, block: int, pack: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Rows whose blocks of columns are rounded as a whole; values: (rows, row) float32 → their blocks' bytes, in order.
+
+    pack: (rows, block) float32 and the number of its first column → its bytes (rows, …), its values once read back.
+    """
+    left, done = values.astype(np.float32), []
+    for start in range(0, left.shape[1], block):
+        stop = start + block
+        packed, rounded = pack(np.ascontiguousarray(left[:, start:stop]), start)
+        done.append(packed)
+        if stop < left.shape[1]:
+            # What columns would have passed on one by one: the errors through the inverse of their part of the factor.
+            errors = np.linalg.solve(factor[start:stop, start:stop].T, (left[:, start:stop] - rounded).T)
+            left[:, stop:] -= errors.T @ factor[start:stop, stop:]
+    return np.concatenate(done, axis=1)

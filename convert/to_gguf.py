@@ -3,7 +3,8 @@
 Shapes   every tensor is rows of weights (…, row); the file has the shape in ggml's order, fastest axis first
 Source   the layout of llama.cpp pull request 24423: GGUF names of mlx_dgemma/tensors.py, rope_freqs.weight, and no
          output.weight
-Differs  no value is transformed on the way, so the bytes of a tensor are ggml's quantization of the checkpoint's rows
+Differs  no value is transformed on the way, so the bytes of a tensor are ggml's quantization of the checkpoint's rows;
+         with GPTQ's factors, of what they become once the blocks before have been made up for
 """
 
 import hashlib
@@ -21,6 +22,8 @@ from mlx_dgemma.gguf.types import FLOATS, TYPES
 from mlx_dgemma.quality import not_finite
 
 from .checkpoint import Checkpoint
+from .factors import Factors
+from .gptq import gptq_by_blocks
 from .imatrix import Imatrix
 from .plan_gguf import GgufPlan, PlannedTensor
 from .work import Fixed, Job, Place, Work
@@ -28,17 +31,19 @@ from .work import Fixed, Job, Place, Work
 LARGEST = 65_504.0  # of float16, in which ggml keeps its scales
 
 
-def gguf_work(checkpoint: Checkpoint, plan: GgufPlan, imatrix: Imatrix | None) -> Work:
-    """The conversion to a file."""
+def gguf_work(
+    checkpoint: Checkpoint, plan: GgufPlan, imatrix: Imatrix | None = None, factors: Factors | None = None
+) -> Work:
+    """The conversion to a file. factors: round by them, block after block, what they are for."""
     tensors = [(t.tensor.gguf, t.type, t.tensor.shape) for t in plan.tensors]
-    factors = rope.frequency_factors(plan.config)
-    tensors.insert(1, (rope.NAME, TYPES["F32"], factors.shape))
+    frequencies = rope.frequency_factors(plan.config)
+    tensors.insert(1, (rope.NAME, TYPES["F32"], frequencies.shape))
     layout = gguf_layout(file_metadata(checkpoint, plan), tensors)
     fixed = (
         Fixed("", 0, layout.header),
-        Fixed("", layout.offsets[rope.NAME], factors.tobytes(), rope.NAME),
+        Fixed("", layout.offsets[rope.NAME], frequencies.tobytes(), rope.NAME),
     )
-    jobs = [_job(checkpoint, t, layout.offsets[t.tensor.gguf], imatrix) for t in plan.tensors]
+    jobs = [_job(checkpoint, t, layout.offsets[t.tensor.gguf], imatrix, factors) for t in plan.tensors]
     jobs.sort(key=lambda job: checkpoint.weights[job.stored].start)
     return Work({"": layout.size}, fixed, tuple(jobs), quantizer())
 
@@ -49,14 +54,18 @@ def file_metadata(checkpoint: Checkpoint, plan: GgufPlan) -> dict[str, Value]:
     return keys | checkpoint.vocabulary()
 
 
-def _job(checkpoint, t: PlannedTensor, offset, imatrix):
+def _job(checkpoint, t: PlannedTensor, offset, imatrix, factors):
     name = checkpoint.names[t.tensor.hf]
     source = checkpoint.weights[name].file
     same, values = checkpoint.weights.bytes_of(name, t.type), checkpoint.values(t.tensor)
     importance = t.importance(imatrix)
     n, row = t.tensor.size // t.tensor.shape[-1], t.tensor.shape[-1]
-    # A piece ends with its expert where each has its own importance.
-    together = 0 if importance is None else n // len(importance)
+    # In a single block nothing is left to make up for it.
+    corrected = factors if same is None and t.type.name not in FLOATS and row > t.type.block else None
+    n_factors, factor = (corrected and corrected.of(t.tensor)) or (0, None)
+    # A piece ends with its expert where each has its own importance or factor.
+    experts = max(n_factors, 0 if importance is None else len(importance))
+    together = n // experts if experts else 0
 
     def convert(start, stop):
         if same is not None:
@@ -66,13 +75,30 @@ def _job(checkpoint, t: PlannedTensor, offset, imatrix):
             return (piece,)
         piece = values[start:stop]
         _check_range(piece, t, source)
-        return (quantize(piece, t.type, None if importance is None else importance[start // together], threads=1),)
+        expert = start // together if together else 0
+        weights = None if importance is None else importance[expert % len(importance)]
+        if factor is None:
+            return (quantize(piece, t.type, weights, threads=1),)
+        return (_corrected(piece, t.type, weights, factor(expert % n_factors)),)
 
     form = f"{checkpoint.weights[name].dtype} as {t.type.name}"
     if importance is not None:
         form += f" weighed by {hashlib.sha256(importance.tobytes()).hexdigest()}"
+    if factor is not None:
+        form += f", gptq {factors.fingerprint}"
     place = Place("", offset, t.type.row_bytes(row))
     return Job(t.tensor.gguf, name, source, (n, row), (place,), convert, form, together)
+
+
+def _corrected(piece, type, importance, factor):
+    import gguf
+
+    def pack(block, start):
+        weights = None if importance is None else importance[start : start + type.block]
+        data = quantize(block, type, weights, threads=1)
+        return data, gguf.dequantize(data, gguf.GGMLQuantizationType[type.name])
+
+    return gptq_by_blocks(piece, factor, type.block, pack)
 
 
 def _check_finite(piece, t, file):

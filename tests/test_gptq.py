@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,11 +16,16 @@ from convert.cli import main
 from convert.correlations import check_room, collect_factors, listened_to, products
 from convert.examples import Example
 from convert.factors import Factors, packed, unpacked, write_factors
-from convert.gptq import DAMPING, factor, gptq, with_others
+from convert.gptq import DAMPING, factor, gptq, gptq_by_blocks, with_others
 from convert.identity import identity_of
+from convert.imatrix import write_imatrix
 from convert.recipes_mlx import PRECISIONS
+from convert.to_gguf import _corrected
 from convert.to_mlx import quantize
+from gguf_export.quantize import quantize as quantize_gguf
 from mlx_dgemma.errors import DgemmaError
+from mlx_dgemma.gguf.reader import read_gguf
+from mlx_dgemma.gguf.types import FLOATS, TYPES
 from mlx_dgemma.shards import stored_tensors
 from mlx_dgemma.tensors import QUANTIZED_ROLES, text_tensors
 from tests.test_resume import contents, interrupted, resumed
@@ -305,7 +311,7 @@ def test_other_precisions_stay_and_say_so(tiny, tmp_path, collected):
     mixed = tmp_path / "mixed.json"
     mixed.write_text(json.dumps({"name": "mixed", "roles": {"expert": "mxfp4", "attention": "q4"}}))
     report = convert(tiny, tmp_path / "gptq", recipe=mixed, gptq=collected[0])
-    assert "--gptq leaves mxfp4 as they are" in " ".join(report.notes)
+    assert "--gptq leaves mxfp4 alone" in " ".join(report.notes)
     convert(tiny, tmp_path / "plain", recipe=mixed)
     before, after = arrays(tmp_path / "plain"), arrays(tmp_path / "gptq")
     assert (
@@ -323,9 +329,9 @@ def test_what_is_refused(tiny, tmp_path, collected, capsys):
             convert(*args, **{"gptq": collected[0]} | options)
         assert not (tmp_path / "out").exists()
 
-    refused("--gptq is for MLX folders", tiny, tmp_path / "out.gguf", to="gguf")
-    refused("--gptq rounds affine precisions", tiny, tmp_path / "out", recipe="bf16")
-    refused("--gptq rounds affine precisions .* in recipe none", tiny, tmp_path / "out", recipe=_recipe(tmp_path))
+    refused("--gptq rounds q2 to q8, found nothing of it in recipe bf16", tiny, tmp_path / "out", recipe="bf16")
+    refused("--gptq rounds q2 to q8, .* in recipe none", tiny, tmp_path / "out", recipe=_recipe(tmp_path))
+    refused("--gptq rounds what ggml quantizes", tiny, tmp_path / "out", to="gguf", recipe="BF16")
     refused("nowhere: no such file", tiny, tmp_path / "out", gptq=tmp_path / "nowhere")
     (tmp_path / "text").write_text("no weights at all, and long enough")
     refused("text: its header", tiny, tmp_path / "out", gptq=tmp_path / "text")
@@ -369,3 +375,78 @@ def test_the_command_writes_what_convert_reads(tiny, tmp_path, capsys):
     data.write_text("{")
     assert main(["gptq", str(tiny), "--data", str(data), "--out", str(tmp_path / "h"), "--roles", "expert"]) == 1
     assert "not JSON" in capsys.readouterr().err and not (tmp_path / "h").exists()
+
+
+# ggml's blocks
+
+
+def block_twin(values, inverse, block, pack):
+    """The optimal brain surgeon's update for a whole block at once, by the inverse itself."""
+    values, out = values.astype(np.float64).copy(), []
+    for start in range(0, values.shape[1], block):
+        here, rest = slice(start, start + block), slice(start + block, None)
+        packed, rounded = pack(values[:, here].astype(np.float32), start)
+        out.append(packed)
+        # The inverse of what is left once the columns before are gone.
+        left = np.linalg.inv(np.linalg.inv(inverse)[start:, start:])
+        values[:, rest] -= (values[:, here] - rounded) @ np.linalg.inv(left[:block, :block]) @ left[:block, block:]
+    return np.concatenate(out, axis=1)
+
+
+def test_blocks_make_up_for_the_blocks_before():
+    def pack(block, start):
+        step = 0.5 + start / 200
+        codes = np.rint(block / step)
+        return codes.astype(np.int8), (codes * step).astype(np.float32)
+
+    values, x = 3 * weights(12, 160), inputs(500, 160)
+    damped = x.T @ x + DAMPING * np.square(x).sum(axis=0).mean() * np.eye(160)
+    found = gptq_by_blocks(values, factor(x.T @ x), 32, pack)
+    assert (found != block_twin(values, np.linalg.inv(damped), 32, pack)).mean() < 0.01
+    assert np.array_equal(gptq_by_blocks(values, factor(x.T @ x), 160, pack), pack(values, 0)[0])
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "IQ4_NL", "Q4_K", "Q2_K"])
+def test_what_ggml_rounds_is_closer(name):
+    type, row = TYPES[name], 1024
+    values, x = weights(16, row), inputs(4 * row, row)
+    importance = np.square(x).mean(axis=0).astype(np.float32)
+    for weighed in (None, importance):
+        plain = quantize_gguf(values, type, weighed)
+        corrected = _corrected(values, type, weighed, factor(x.T @ x))
+        assert corrected.shape == plain.shape
+        errors = [
+            np.square((gguf.dequantize(data, gguf.GGMLQuantizationType[name]) - values) @ x.T).sum()
+            for data in (corrected, plain)
+        ]
+        assert errors[0] < 0.85 * errors[1]
+
+
+@pytest.mark.parametrize("with_importance", [False, True])
+def test_a_gguf_is_as_large_and_what_nobody_listened_to_stays(tiny, tiny_model, tmp_path, collected, with_importance):
+    options = {"to": "gguf", "recipe": "Q4_0"}
+    if with_importance:
+        write_imatrix(collect(*tiny_model, EXAMPLES, seed=5)._replace(datasets=("x",)), tmp_path / "i.gguf")
+        options["imatrix"] = tmp_path / "i.gguf"
+    plain = convert(tiny, tmp_path / "plain.gguf", **options)
+    report = convert(tiny, tmp_path / "gptq.gguf", **options, gptq=collected[0], verify=True)
+    assert report.plan == plain.plan and not [note for note in report.notes if "gptq" in note]
+    before, after = (read_gguf(tmp_path / f"{name}.gguf") for name in ("plain", "gptq"))
+    assert before.metadata == after.metadata
+    changed = {n for n in before.tensors if not np.array_equal(before.rows(n), after.rows(n))}
+    listened = {
+        t.tensor.gguf for t in report.plan.tensors if t.type.name not in FLOATS and t.tensor.shape[-1] > t.type.block
+    }
+    assert changed == listened and len(changed) > 30
+    mlx_dgemma.load(tmp_path / "gptq.gguf")
+
+
+def test_an_interrupted_gguf_goes_on(tiny, tmp_path, monkeypatch, collected):
+    from tests.test_resume import convert as module
+
+    monkeypatch.setattr(module.work, "SYNC_BYTES", 0)
+    options = {"to": "gguf", "recipe": "Q4_0", "gptq": collected[0]}
+    interrupted(monkeypatch, 60, tiny, tmp_path / "out.gguf", **options)
+    assert resumed(tiny, tmp_path / "out.gguf", **options)[0].tensors > 0
+    convert(tiny, tmp_path / "want.gguf", **options)
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "want.gguf").read_bytes()
