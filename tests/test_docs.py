@@ -1,5 +1,6 @@
 """The documents are true: links lead somewhere, options exist, the README's Python runs."""
 
+import importlib
 import json
 import re
 import shlex
@@ -8,12 +9,10 @@ from pathlib import Path
 import pytest
 
 from convert import convert
+from convert.cli import COMMANDS
 from convert.cli import _parser as convert_parser
-from convert.fit_cli import _parser as fit_parser
-from convert.imatrix_cli import _parser as imatrix_parser
 from convert.plan_gguf import make_gguf_plan
 from convert.recipes_gguf import RECIPES as GGUF_RECIPES
-from convert.sensitivity_cli import _parser as sensitivity_parser
 from gguf_export.cli import _parser as gguf_parser
 from gguf_export.graph import DIMS, OPTIONS, RUNTIME
 from gguf_export.ops import OPS
@@ -40,10 +39,8 @@ def test_commands_have_the_options_shown(page):
             parse(arguments)
         elif module == "mlx_dgemma.edit":
             edit_parser().parse_args(arguments)
-        elif module == "convert" and arguments[0] in ("fit", "sensitivity"):
-            {"fit": fit_parser, "sensitivity": sensitivity_parser}[arguments[0]]().parse_args(arguments[1:])
-        elif module == "convert" and arguments[0] == "imatrix":
-            imatrix_parser().parse_args(arguments[1:])
+        elif module == "convert" and arguments[0] in COMMANDS:
+            importlib.import_module(f"convert.{arguments[0]}_cli")._parser().parse_args(arguments[1:])
         elif module == "gguf_export":
             gguf_parser().parse_args(arguments)
         elif module == "convert":
