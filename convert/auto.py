@@ -22,7 +22,7 @@ TINY = 1e-12  # nats; for logarithms
 class Group(NamedTuple):
     """What rounding one group to the probe did."""
 
-    kl: float  # nats per corrupted slot
+    kl: float  # nats per corrupted slot, `typical`
     standard_error: float
     errors: dict[str, float]  # GGUF tensor → relative squared error of its weights
 
@@ -33,6 +33,7 @@ class Sensitivity(NamedTuple):
     canvases: int
     ts: tuple[float, ...]  # shares of noise
     seed: int
+    model: str  # identity.py
 
 
 def group_of(tensor: Tensor) -> str:
@@ -51,11 +52,24 @@ def grouped(config: ModelConfig) -> dict[str, list[Tensor]]:
     return groups
 
 
+def typical(kls: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+    """Group → its KL in the typical instance and that number's standard error. kls: group → (instances,)
+
+    Where one instance costs every group a thousand times what another does, a mean is what a few of them say. Their
+    geometric mean is what all say; what an instance costs all groups alike is left out of the error.
+    """
+    logs = np.log(np.maximum(np.stack(list(kls.values())), TINY))
+    rest, n = logs - logs.mean(axis=0), logs.shape[1]
+    errors = rest.std(axis=1, ddof=1) / n**0.5 if n > 1 else np.zeros(len(logs))
+    means = np.exp(logs.mean(axis=1))
+    return {key: (float(mean), float(mean * e)) for key, mean, e in zip(kls, means, errors, strict=True)}
+
+
 def steadied(groups: dict[str, Group]) -> dict[str, Group]:
     """Every group's KL drawn halfway, geometrically, towards the mean of its kind (one role or tensor, all layers).
 
-    A few canvases make up most of a group's KL, so what stands out among its kind does so partly by chance, and a
-    knapsack looks for what stands out. Half the way was better than none and than all of it (docs/log.md).
+    What stands out among its kind does so partly by chance, and a knapsack looks for what stands out. Half the way was
+    better than none and than all of it (docs/log.md).
     """
     kinds: dict[str, list[float]] = {}
     for key, group in groups.items():

@@ -21,6 +21,7 @@ from gguf_export.ggml import find_ggml
 from mlx_dgemma.config import read_json
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.files import replace_text
+from mlx_dgemma.floats import from_float32, to_float32
 from mlx_dgemma.gguf.types import FLOATS, TYPES
 from mlx_dgemma.quality import not_finite
 from mlx_dgemma.tensors import Tensor
@@ -30,13 +31,14 @@ from . import recipes_gguf, recipes_mlx
 from .api import plan_of
 from .auto import Choice, Group, Sensitivity, grouped, knapsack, steadied
 from .checkpoint import Checkpoint, find_source, open_checkpoint
+from .identity import check_identity
 from .plan import Plan, arrays_of
 from .plan_gguf import GgufPlan, PlannedTensor
 from .recipes import DEFAULTS, TARGETS, WRITABLE, find_recipe
 from .recipes_mlx import PRECISIONS
 
 LARGEST = 65_504.0  # of float16, in which ggml keeps its scales
-FORMAT = "dgemma-sensitivity 1"
+FORMAT = "dgemma-sensitivity 2"
 SENSITIVITY = "sensitivity.json"  # where it is looked for
 SAMPLE = 1 << 16  # weights of a tensor whose error is measured
 SLICES = 32  # places they are taken from
@@ -49,12 +51,17 @@ def choose(
     budget: str,
     sensitivity: str | Path,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    refit: bool = False,
 ) -> dict:
-    """The JSON recipe for a checkpoint on disk or on the hub: `convert(…, recipe=choose(…))`. Raises DgemmaError."""
+    """The JSON recipe for a checkpoint on disk or on the hub: `convert(…, recipe=choose(…))`. Raises DgemmaError.
+
+    refit: the conversion will fit its scales (`--refit`, `--gptq`), so other errors count.
+    """
     allowed, measured = parse_budget(budget), read_sensitivity(Path(sensitivity))
     checkpoint = open_checkpoint(find_source(src))
     plans = {target: plan_of(checkpoint, target, find_recipe(DEFAULTS[target], target)) for target in TARGETS}
-    return auto_recipe(checkpoint, plans, measured, allowed, to, on_tensor)
+    check_identity(checkpoint, measured.model, str(sensitivity), "sensitivity")
+    return auto_recipe(checkpoint, plans, measured, allowed, to, on_tensor, refit)
 
 
 class Budget(NamedTuple):
@@ -96,7 +103,7 @@ class Target(NamedTuple):
     precisions: list[str]
     actual: Callable[[Tensor, str], str]  # what a tensor gets where it was given a precision, after fallbacks
     nbytes: Callable[[Tensor, str], int]
-    rounded: Callable[[np.ndarray, str], np.ndarray]  # float32 rows → the values a file would hold
+    rounded: Callable[[Tensor, np.ndarray, str], np.ndarray]  # float32 rows → the values a file would hold
 
 
 def auto_recipe(
@@ -106,6 +113,7 @@ def auto_recipe(
     budget: Budget,
     to: str,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    refit: bool = False,
 ) -> dict:
     """The JSON recipe. plans: of any recipe for each target, for what is not chosen here. to: the target that must fit.
 
@@ -114,7 +122,7 @@ def auto_recipe(
     """
     members = grouped(checkpoint.config)
     _check_belongs(sensitivity, members, checkpoint.path)
-    assessed = assess(checkpoint, plans, steadied(sensitivity.groups), members, to, on_tensor)
+    assessed = assess(checkpoint, plans, steadied(sensitivity.groups), members, to, on_tensor, refit)
     chosen, evidence = {}, {}
     for target, found in assessed.items():
         parameters = plans[target].parameters
@@ -153,13 +161,15 @@ def _check_belongs(sensitivity, members, path):
         raise DgemmaError(f"the sensitivity has {unknown[0]}, which {path} has not; {AGAIN} on this model")
 
 
-def assess(checkpoint, plans, groups: dict[str, Group], members, to: str, on_tensor) -> dict[str, Assessed]:
+def assess(
+    checkpoint, plans, groups: dict[str, Group], members, to: str, on_tensor, refit=False
+) -> dict[str, Assessed]:
     """Bytes and expected KL of every precision for every group; of target `to`, and of the other where it is installed.
 
     A group none of whose precisions can be measured is not chosen for: the plan keeps what it has for it.
     """
     there = {"mlx": importlib.util.find_spec("mlx") is not None, "gguf": find_ggml() is not None}
-    targets = {target: TARGET[target](checkpoint) for target in TARGETS if target == to or there[target]}
+    targets = {target: TARGET[target](checkpoint, refit) for target in TARGETS if target == to or there[target]}
     options = {target: {} for target in targets}
     total, done = sum(map(len, members.values())), 0
     for key, tensors in members.items():
@@ -170,7 +180,7 @@ def assess(checkpoint, plans, groups: dict[str, Group], members, to: str, on_ten
                 raise not_finite(checkpoint.names[tensor.hf], checkpoint.path)
             for name, target in targets.items():
                 wanted = {target.actual(tensor, p) for p in target.precisions}
-                errors[name].append({p: squared_error(values, target.rounded(values, p)) for p in wanted})
+                errors[name].append({p: squared_error(values, target.rounded(tensor, values, p)) for p in wanted})
             done += 1
             on_tensor(done, total)
         for name, target in targets.items():
@@ -221,20 +231,24 @@ def squared_error(values: np.ndarray, rounded: np.ndarray) -> float:
     return float(np.square(rounded - values, dtype=np.float64).sum()) / squared if squared else 0.0
 
 
-def _mlx_target(checkpoint):
-    from .to_mlx import quantize
+def _mlx_target(checkpoint, refit):
+    from .to_mlx import packed
     from .verify import dequantize
 
-    def rounded(values, name):
-        precision = PRECISIONS[name]
+    def kept_as(tensor):
+        return checkpoint.weights.kept_as(checkpoint.names[tensor.hf])
+
+    def rounded(tensor, values, name):
+        precision, kept = PRECISIONS[name], kept_as(tensor)
         if not precision.is_quantized:
             return values
-        words, scales, *biases = quantize(values, "F32", precision)
+        words, scales, *biases = packed(from_float32(values, kept), kept, precision, refit)
+        if precision.mode == "affine":  # scales and biases are rounded too, which counts at 8 bits
+            scales, *biases = (to_float32(a, kept) for a in (scales, *biases))
         return dequantize(words, scales, biases[0] if biases else None, dataclasses.asdict(precision))
 
     def nbytes(tensor, name):
-        kept = checkpoint.weights.kept_as(checkpoint.names[tensor.hf])
-        return sum(array.nbytes for array in arrays_of(tensor, PRECISIONS[name], kept))
+        return sum(array.nbytes for array in arrays_of(tensor, PRECISIONS[name], kept_as(tensor)))
 
     def actual(tensor, name):
         found = recipes_mlx.fallback(PRECISIONS[name], tensor.shape[-1])
@@ -243,12 +257,12 @@ def _mlx_target(checkpoint):
     return Target([p.name for p in PRECISIONS.values() if p.is_quantized], actual, nbytes, rounded)
 
 
-def _gguf_target(checkpoint):
+def _gguf_target(checkpoint, refit):
     import gguf
 
     from gguf_export.quantize import quantize
 
-    def rounded(values, name):
+    def rounded(tensor, values, name):
         if np.abs(values).max(initial=0) > LARGEST:  # where ggml would end the process
             return np.full_like(values, np.inf)
         return gguf.dequantize(quantize(values, TYPES[name]), gguf.GGMLQuantizationType[name])
@@ -287,7 +301,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
         groups = {key: Group(**group) for key, group in raw["groups"].items()}
         numbers = [n for g in groups.values() for n in (g.kl, g.standard_error, *g.errors.values())]
         fine = all(isinstance(n, int | float) and 0 <= n < 1e9 for n in numbers)
-        found = Sensitivity(raw["probe"], groups, raw["canvases"], tuple(raw["ts"]), raw["seed"])
+        found = Sensitivity(raw["probe"], groups, raw["canvases"], tuple(raw["ts"]), raw["seed"], raw["model"])
     except (KeyError, TypeError, AttributeError):
         fine = False
     if not fine:

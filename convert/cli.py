@@ -166,7 +166,8 @@ def _chosen(args, to, console):
         progress.update(task, completed=done, total=total)
 
     try:
-        recipe = choose(args.src, to, args.budget, args.sensitivity or SENSITIVITY, draw)
+        refit = args.refit or args.gptq is not None
+        recipe = choose(args.src, to, args.budget, args.sensitivity or SENSITIVITY, draw, refit)
     finally:
         if progress.live.is_started:  # else stopping would print an empty line
             progress.stop()

@@ -23,13 +23,12 @@ from mlx_dgemma.layers import PackedLinear
 from mlx_dgemma.model import DiffusionGemma
 from mlx_dgemma.noise import NoiseStream
 from mlx_dgemma.products import Packing
-from mlx_dgemma.quality import ratio
 from mlx_dgemma.session import left_padded
 from mlx_dgemma.tensors import Tensor
 from mlx_dgemma.tokenizer import Tokenizer
 
-from .auto import FEWEST, Group, Sensitivity, grouped
-from .calibrate import place
+from .auto import FEWEST, Group, Sensitivity, grouped, typical
+from .calibrate import model_identity, place
 from .examples import NOISE_SHARES, Example, canvases, check_context, corrupt, temperature_at
 from .recipes_mlx import PRECISIONS, Precision, fallback
 
@@ -59,7 +58,7 @@ def measure(
     limit: int | None = None,
     on_event: Callable[[GroupDone], None] = lambda event: None,
 ) -> Sensitivity:
-    """The KL in nats per corrupted slot (SLOTS of a canvas at most), for every group rounded to the MLX `probe`.
+    """The typical KL in nats per corrupted slot (SLOTS of a canvas at most), for each group rounded to the MLX `probe`.
 
     model: floats, or packed at more bits than the probe. limit: canvases at most. Raises DgemmaError.
     """
@@ -72,16 +71,23 @@ def measure(
     reference = [_log_shares(model, batch) for batch in batches]
     members = grouped(model.config)
     _check_bits(model, members, precision)
-    groups = {}
+    instance = np.concatenate([batch.instance for batch in batches])
+    kls, errors = {}, {}
     for key, tensors in members.items():
-        with rounded(model, tensors, precision) as error:
+        with rounded(model, tensors, precision) as errors[key]:
             pairs = [_kl(model, batch, known) for batch, known in zip(batches, reference, strict=True)]
         kl, slots = (np.concatenate(part) for part in zip(*pairs, strict=True))
-        instance = np.concatenate([batch.instance for batch in batches])
-        mean, standard_error = ratio(kl, slots, instance)
-        groups[key] = Group(mean, standard_error or 0.0, error)
-        on_event(GroupDone(len(groups), len(members)))
-    return Sensitivity(probe, groups, len(found), ts, seed)
+        kls[key] = _by_instance(kl, slots, instance)
+        on_event(GroupDone(len(kls), len(members)))
+    groups = {key: Group(*found, errors[key]) for key, found in typical(kls).items()}
+    return Sensitivity(probe, groups, len(found), ts, seed, model_identity(model))
+
+
+def _by_instance(kl, slots, instance):
+    """Sums of canvases → KL per slot of each instance that has any."""
+    _, which = np.unique(instance, return_inverse=True)
+    kl, slots = np.bincount(which, kl), np.bincount(which, slots)
+    return kl[slots > 0] / slots[slots > 0]
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ def _parser():
 def _table(sensitivity: Sensitivity) -> str:
     """The groups, the one that matters most first."""
     groups = sorted(sensitivity.groups.items(), key=lambda item: -item[1].kl)
-    lines = [f"{'group':<26}{'KL, nats per slot':>20}{'standard error':>18}"]
+    lines = [f"{'group':<26}{'typical KL, nats':>20}{'standard error':>18}"]
     lines += [f"{key:<26}{group.kl:>20.3e}{group.standard_error:>18.1e}" for key, group in groups]
     if sum(g.standard_error > g.kl / 2 for g in sensitivity.groups.values()) > len(groups) / 2:
         lines.append(

@@ -72,11 +72,14 @@ def _packing(t, n, refitted, factors):
     """What makes a piece and the number of its first row the arrays; how, in words; rows that must stay together."""
     if not t.precision.is_quantized:
         return lambda piece, start: (cast(piece, t.stored, t.arrays[0].dtype),), "", 0
-    if t.precision.mode != "affine" or not (refitted or factors):
-        return lambda piece, start: quantize(cast(piece, t.stored, t.kept), t.kept, t.precision), "", 0
-    found = factors.of(t.tensor) if factors else None
+    found = factors.of(t.tensor) if factors and t.precision.mode == "affine" else None
     if found is None:
-        return lambda piece, start: _refitted(cast(piece, t.stored, t.kept), t), ", refitted", 0
+        refitted = t.precision.mode == "affine" and (refitted or factors is not None)
+
+        def pack_plainly(piece, start):
+            return packed(cast(piece, t.stored, t.kept), t.kept, t.precision, refitted)
+
+        return pack_plainly, ", refitted" * refitted, 0
     n_factors, factor = found
     together = n // n_factors  # a piece ends with its expert where each has its own factor
 
@@ -85,14 +88,17 @@ def _packing(t, n, refitted, factors):
         return gptq(values, factor(start // together), fit, t.kept, t.precision)
 
     def fit(group):
-        return _refitted(from_float32(group, t.kept), t)[1:]
+        return packed(from_float32(group, t.kept), t.kept, t.precision, True)[1:]
 
     return pack, f", gptq {factors.fingerprint}", together
 
 
-def _refitted(kept, t):
-    """Rows of the type that is kept → words, scales, biases."""
-    return refit(to_float32(kept, t.kept), *quantize(kept, t.kept, t.precision)[1:], t.kept, t.precision)
+def packed(rows: np.ndarray, dtype: str, precision: Precision, refitted: bool) -> tuple[np.ndarray, ...]:
+    """Rows stored as `dtype` → words, scales and (affine) biases; fitted to the rounded weights where asked for."""
+    parts = quantize(rows, dtype, precision)
+    if not refitted or precision.mode != "affine":
+        return parts
+    return refit(to_float32(rows, dtype), *parts[1:], dtype, precision)
 
 
 def _finish(checkpoint, plan, folder):

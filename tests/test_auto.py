@@ -14,6 +14,7 @@ import mlx_dgemma
 from convert import auto, auto_recipe, convert, sensitivity
 from convert.auto import Choice, Group, Sensitivity, grouped, knapsack
 from convert.auto_recipe import Budget, as_json, parse_budget, read_sensitivity
+from convert.calibrate import model_identity
 from convert.checkpoint import open_checkpoint
 from convert.cli import main
 from convert.examples import Example, corrupt, temperature_at
@@ -180,7 +181,7 @@ def made_up(loaded):
         key: Group(float(rng.uniform(0.1, 1)) / (i + 1), 0.0, {t.gguf_part: 0.01 for t in tensors})
         for i, (key, tensors) in enumerate(grouped(loaded[0].config).items())
     }
-    return Sensitivity("q4", groups, 8, (0.5,), 0)
+    return Sensitivity("q4", groups, 8, (0.5,), 0, model_identity(loaded[0]))
 
 
 @pytest.fixture
