@@ -34,6 +34,7 @@ from .quality_passes import NotFinite, Plan, fill, reference_scores, scores, why
 from .quality_plot import check_plot, plot
 from .quality_report import (
     HEADLINE,
+    TYPICAL,
     check_setting,
     comparison,
     merge,
@@ -104,7 +105,11 @@ def _redraw(arguments):
     parser.add_argument("reports", metavar="JSON", nargs="+", help="of one reference on the same data")
     parser.add_argument("--plot", metavar="FILE", required=True, help=".png or .svg")
     parser.add_argument(
-        "--pass", dest="pass_", choices=PASSES, default=HEADLINE, help="whose KL (default: %(default)s)"
+        "--pass",
+        dest="pass_",
+        choices=(*PASSES, TYPICAL),
+        default=HEADLINE,
+        help=f"whose KL (default: %(default)s); {TYPICAL}: its geometric mean over instances",
     )
     args = parser.parse_args(arguments)
     check_plot(args.plot)

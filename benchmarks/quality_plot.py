@@ -13,11 +13,13 @@ from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.files import check_writable
 from mlx_dgemma.units import human_bytes
 
-from .quality_report import HEADLINE, kl_of
+from .quality_report import HEADLINE, TYPICAL, kl_of
 
 COLOURS = {"MLX": "#0072B2", "GGUF": "#D55E00", "Hugging Face": "#009E73"}  # told apart by all eyes
 SUFFIXES = (".png", ".svg")
-WORDS = {"first": "first", "self_conditioned": "self-conditioned"}
+WORDS = {
+    "first": "first pass", "self_conditioned": "self-conditioned pass", TYPICAL: "of the typical instance",
+}  # fmt: skip
 
 
 def check_plot(path: str | Path) -> None:
@@ -59,7 +61,7 @@ def plot(report: dict, path: str | Path, pass_: str = HEADLINE) -> list[str]:
     axes.margins(x=0.1)
     reference = report["reference"]
     axes.set_xlabel(f"weights, {name}")
-    axes.set_ylabel(f"KL(reference || model), nats per corrupted slot, {WORDS[pass_]} pass")
+    axes.set_ylabel(f"KL(reference || model), nats per corrupted slot, {WORDS[pass_]}")
     axes.set_title(
         f"{_short(reference['model'])}, {human_bytes(reference['weights_bytes'])}: KL of {len(rows)} quantizations, "
         f"95 % intervals", fontsize=11,

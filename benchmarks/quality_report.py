@@ -11,7 +11,10 @@ from mlx_dgemma.config import read_json
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.files import replace_text
 
+from .quality_scores import typical
+
 FORMAT, VERSION = "dgemma-quality", 1
+TYPICAL = "typical"
 HEADLINE = "self_conditioned"  # the pass that a model spends nearly all its steps in
 
 
@@ -73,7 +76,12 @@ def merge(reports: list[tuple[str, dict]]) -> dict:
 
 
 def kl_of(row: dict, pass_: str = HEADLINE) -> dict | None:
-    """The headline: KL from the reference on corrupted slots, self-conditioned (or in another pass), over all noise."""
+    """The headline: KL from the reference on corrupted slots, self-conditioned (or in another pass), over all noise.
+
+    pass_ TYPICAL: the headline's geometric mean over instances.
+    """
+    if pass_ == TYPICAL:
+        return typical(row["kl_by_instance"]) if "kl_by_instance" in row else None
     return ((row.get("denoising") or {}).get(pass_) or {}).get("mean", {}).get("corrupted", {}).get("kl")
 
 
@@ -107,14 +115,16 @@ def tables(report: dict) -> str:
 def _denoising(rows, width):
     lines = [
         "Corrupted slots, second pass (self-conditioned), all shares of noise; ± standard error over instances",
-        f"{'model':{width}}{'MB':>10}{'cross-entropy':>19}{'KL':>23}{'argmax':>10}{'experts':>10}{'perplexity':>12}",
+        f"{'model':{width}}{'MB':>10}{'cross-entropy':>19}{'KL':>23}"
+        f"{'typical KL':>12}{'argmax':>10}{'experts':>10}{'perplexity':>12}",
     ]
     for row in rows:
         found = row["denoising"][HEADLINE]["mean"]["corrupted"]
         lines.append(
             f"{row['model']:{width}}{row['weights_bytes'] / 1e6:>10,.2f}{_pm(found['cross_entropy'], '.5f'):>19}"
-            f"{_pm(found.get('kl'), '.2e'):>23}{_mean(found.get('same_argmax'), '.3%'):>10}"
-            f"{_mean(found.get('same_experts'), '.2%'):>10}{row['encoder']['perplexity']:>12.3f}"
+            f"{_pm(found.get('kl'), '.2e'):>23}{_mean(kl_of(row, TYPICAL), '.2e'):>12}"
+            f"{_mean(found.get('same_argmax'), '.3%'):>10}{_mean(found.get('same_experts'), '.2%'):>10}"
+            f"{row['encoder']['perplexity']:>12.3f}"
         )
     return "\n".join(lines)
 

@@ -172,6 +172,19 @@ def by_instance(sums: Sums, instance: np.ndarray) -> list[list[float]]:
     return [[float(k), int(n)] for k, n in zip(kl, slots, strict=True)]
 
 
+def typical(found: list[list[float]]) -> dict | None:
+    """The geometric mean over instances of a `by_instance`, and its standard error; None where no instance counts.
+
+    What most instances say, where a plain mean is what a few of them say. Its ratio between two models is `compare`'s.
+    """
+    kl, n = np.array(found).T
+    logs = np.log(np.maximum(kl, TINY)[n > 0] / n[n > 0])
+    if not len(logs):
+        return None
+    mean = float(np.exp(logs.mean()))
+    return {"mean": mean, "se": mean * float(logs.std(ddof=1)) / len(logs) ** 0.5 if len(logs) > 1 else None}
+
+
 def compare(ours: list[list[float]], theirs: list[list[float]]) -> dict:
     """How KL of one model stands to that of another, instance by instance, from their `by_instance`.
 

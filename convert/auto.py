@@ -65,25 +65,6 @@ def typical(kls: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     return {key: (float(mean), float(mean * e)) for key, mean, e in zip(kls, means, errors, strict=True)}
 
 
-def steadied(groups: dict[str, Group]) -> dict[str, Group]:
-    """Every group's KL drawn halfway, geometrically, towards the mean of its kind (one role or tensor, all layers).
-
-    What stands out among its kind does so partly by chance, and a knapsack looks for what stands out. Half the way was
-    better than none and than all of it (docs/log.md).
-    """
-    kinds: dict[str, list[float]] = {}
-    for key, group in groups.items():
-        kinds.setdefault(_kind(key), []).append(np.log(max(group.kl, TINY)))
-    return {
-        key: group._replace(kl=float(np.exp((np.log(max(group.kl, TINY)) + np.mean(kinds[_kind(key)])) / 2)))
-        for key, group in groups.items()
-    }
-
-
-def _kind(key):
-    return key.rsplit(".", 1)[-1]
-
-
 class Choice(NamedTuple):
     """One precision for one group."""
 

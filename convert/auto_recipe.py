@@ -29,7 +29,7 @@ from mlx_dgemma.units import human_bytes, parse_bytes
 
 from . import recipes_gguf, recipes_mlx
 from .api import plan_of
-from .auto import Choice, Group, Sensitivity, grouped, knapsack, steadied
+from .auto import Choice, Group, Sensitivity, grouped, knapsack
 from .checkpoint import Checkpoint, find_source, open_checkpoint
 from .identity import check_identity
 from .plan import Plan, arrays_of
@@ -122,7 +122,7 @@ def auto_recipe(
     """
     members = grouped(checkpoint.config)
     _check_belongs(sensitivity, members, checkpoint.path)
-    assessed = assess(checkpoint, plans, steadied(sensitivity.groups), members, to, on_tensor, refit)
+    assessed = assess(checkpoint, plans, sensitivity.groups, members, to, on_tensor, refit)
     chosen, evidence = {}, {}
     for target, found in assessed.items():
         parameters = plans[target].parameters

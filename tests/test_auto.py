@@ -161,13 +161,30 @@ def test_little_text_is_an_error(loaded, examples):
         sensitivity.measure(model, tokenizer, [Example((), "too short")])
 
 
-def test_a_group_is_drawn_halfway_to_its_kind():
-    raw = {"embedding": 4e-5, "blk.0.dense": 1e-6, "blk.1.dense": 1e-4, "blk.0.router": 0.0}
-    found = auto.steadied({key: Group(kl, 0.0, {}) for key, kl in raw.items()})
-    assert found["embedding"].kl == pytest.approx(4e-5)
-    assert found["blk.0.dense"].kl == pytest.approx((1e-6 * 1e-5) ** 0.5)
-    assert found["blk.1.dense"].kl == pytest.approx((1e-4 * 1e-5) ** 0.5)
-    assert found["blk.0.router"].kl == pytest.approx(auto.TINY)
+def test_the_typical_kl_is_not_what_one_instance_says():
+    rng = np.random.default_rng(0)
+    matters = {"a": 1e-6, "b": 1e-5, "c": 1e-4}
+    difficulty = 10.0 ** rng.uniform(-3, 3, 200)  # the same for all groups
+    kls = {key: kl * difficulty * np.exp(0.5 * rng.standard_normal(200)) for key, kl in matters.items()}
+    common = np.exp(np.log(difficulty).mean())
+    found = auto.typical(kls)
+    for key, kl in matters.items():
+        typical, error = found[key]
+        assert typical == pytest.approx(kl * common, rel=0.15)
+        assert error == pytest.approx(typical * 0.5 / 200**0.5, rel=0.3)  # nothing of the difficulty
+    kls["a"][0] = 1.0
+    assert auto.typical(kls)["a"][0] < 1.1 * found["a"][0]
+
+
+def test_one_instance_has_no_error_and_no_kl_is_zero():
+    assert auto.typical({"a": np.array([2e-6]), "b": np.array([0.0])}) == {
+        "a": (pytest.approx(2e-6), 0.0), "b": (pytest.approx(auto.TINY), 0.0)
+    }  # fmt: skip
+
+
+def test_an_instance_counts_once(loaded, examples):
+    kl, slots = np.array([1.0, 3, 5, 7]), np.array([2.0, 2, 0, 4])
+    assert sensitivity._by_instance(kl, slots, np.array([3, 1, 2, 3])).tolist() == [3 / 2, 8 / 6]
 
 
 # The recipe
@@ -378,6 +395,37 @@ def test_a_sensitivity_of_another_model(saved, tmp_path, capsys):
     saved.write_text(json.dumps(raw))
     assert main([DEMO, "--dry-run", "--recipe", "auto", "--budget", "3MB", "--sensitivity", str(saved)]) == 1
     assert "the sensitivity lacks blk.0.ffn_down_exps" in capsys.readouterr().err
+
+
+def test_a_sensitivity_of_another_model_with_the_same_layers(saved, capsys):
+    saved.write_text(saved.read_text().replace(json.loads(saved.read_text())["model"], "0123456789abcdef"))
+    assert main([DEMO, "--dry-run", "--recipe", "auto", "--budget", "3MB", "--sensitivity", str(saved)]) == 1
+    error = capsys.readouterr().err
+    assert "was measured on another model (0123456789abcdef), expected demo/checkpoint" in error
+    assert "`python -m convert sensitivity`" in error
+
+
+@pytest.mark.parametrize("more", [["--refit"], ["--gptq", "none"]])
+def test_a_choice_goes_by_the_errors_of_fitted_scales(saved, tmp_path, more, monkeypatch):
+    """At 8 bits they are half of MLX's own."""
+    errors = {}
+
+    def squared_error(values, rounded):
+        found = np.square(rounded - values).sum() / np.square(values).sum()
+        errors.setdefault(len(runs), []).append(found)
+        return float(found)
+
+    runs = []
+    monkeypatch.setattr(auto_recipe, "squared_error", squared_error)
+    monkeypatch.setattr(auto_recipe, "find_ggml", lambda: None)
+    monkeypatch.setattr("convert.api.Factors", lambda path: None)
+    for options in ([], more):
+        arguments = [DEMO, "--dry-run", "--recipe", "auto", "--budget", "3MB", "--sensitivity", str(saved), *options]
+        assert main(arguments) == 0
+        runs.append(options)
+    plain, fitted = (np.array(errors[run]) for run in (0, 1))
+    assert len(plain) == len(fitted) and (fitted <= plain * 1.001).all()
+    assert (fitted < 0.7 * plain).sum() > 30 and (fitted == plain).sum() > 30  # 8 bits; the microscaling formats
 
 
 @pytest.mark.parametrize("change", [

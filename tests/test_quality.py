@@ -14,7 +14,8 @@ from benchmarks.quality_data import read_data
 from benchmarks.quality_engines import load
 from benchmarks.quality_models import _of_folder, about, check_alike
 from benchmarks.quality_passes import Plan, fill, reference_scores, scores
-from benchmarks.quality_report import kl_of, new_report, read_report, write_report
+from benchmarks.quality_report import TYPICAL, kl_of, new_report, read_report, write_report
+from benchmarks.quality_scores import compare
 from benchmarks.quality_tasks import normal, paired, run_tasks, summary_of
 from convert import convert
 from demo.evaluate import Answer, loops
@@ -450,6 +451,19 @@ def test_reports_are_drawn_together(run, models, tmp_path, capsys):
     other.write_text(json.dumps(report))
     message = refused(capsys, "plot", run / "out.json", other, "--plot", tmp_path / "a.svg")
     assert "seed is 5, expected 0" in message
+
+
+def test_the_typical_kl_is_the_instances_geometric_mean(run, capsys, tmp_path):
+    report = read_report(run / "out.json")
+    a, b = (row["kl_by_instance"] for row in report["candidates"])
+    typical = [kl_of(row, TYPICAL)["mean"] for row in report["candidates"]]
+    assert compare(a, b)["ratio"]["mean"] == pytest.approx(typical[0] / typical[1])
+    kl = [k / n for k, n in a if n]
+    assert typical[0] == pytest.approx(np.prod(kl) ** (1 / len(kl)))
+    assert kl_of(report["reference"], TYPICAL) is None
+    quality.main(["plot", str(run / "out.json"), "--pass", "typical", "--plot", str(tmp_path / "a.svg")])
+    assert f"{typical[0]:.2e}" in capsys.readouterr().out
+    assert "of the typical instance" in (tmp_path / "a.svg").read_text()
 
 
 # Data
