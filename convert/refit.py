@@ -2,8 +2,9 @@
 
 Shapes   rows (rows, row) float32 in groups of G weights; codes (groups, G) from 0 to 2^bits − 1; code × scale + bias
 Source   least squares between two roundings, as ggml's make_qkx2_quants ends each of its tries; packing as in verify.py
-Differs  mx.quantize lets scale and bias span a group's range, so its extremes are exact and all else pays for it. ggml
-         also tries narrower ranges: a little less error again, for several times the time (docs/log.md)
+Differs  mx.quantize lets scale and bias span a group's range, so its extremes are exact and all else pays for it, and
+         rounds both to the stored type after it has chosen the codes. ggml also tries narrower ranges: a little less
+         error again, for several times the time (docs/log.md)
 """
 
 import numpy as np
@@ -27,7 +28,7 @@ def refit(
     scale, bias = (to_float32(a, dtype).reshape(-1, 1) for a in (scales, biases))
     codes = rounded(groups, scale, bias, most)
     best, least = (codes, scale, bias), _error(groups, codes, scale, bias)
-    # From the range itself: mx.quantize takes a wider one, in which zero is exact.
+    # From the range itself: a start from mx.quantize's scales, in which zero is exact, ends in more error.
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
     scale, bias = (high - low) / most, low
     codes = rounded(groups, scale, bias, most)
