@@ -12,7 +12,8 @@ from typing import NamedTuple
 from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.gguf.types import FLOATS
 from mlx_dgemma.quality import RoleError
-from mlx_dgemma.tensors import Tensor
+from mlx_dgemma.tensors import QUANTIZED_ROLES, Tensor
+from mlx_dgemma.units import count
 
 from .checkpoint import Checkpoint, changed, find_source, open_checkpoint, read_source_config
 from .factors import Factors
@@ -24,8 +25,9 @@ from .partial import partial_output
 from .plan import Plan, make_plan, plan_from_config
 from .plan_gguf import GgufPlan, make_gguf_plan
 from .recipes import DEFAULTS, TARGETS, find_recipe
-from .recipes_gguf import GGUF_QUANTIZED_ROLES
 from .work import do
+
+WHOLE = (*FLOATS, "bf16", "fp32", "fp16")  # precisions without rounding to speak of
 
 
 class Planned(NamedTuple):
@@ -110,7 +112,7 @@ def convert(
             plan, notes = plan_of(source, to, recipe, importance), _notes(source)
         notes += plan.notes
         if factors is not None:
-            notes += _without_gptq(plan)
+            notes += _without_gptq(plan, factors, low_disk)
         on_event(Planned(plan, notes))
         if dry_run:
             return Report(plan, notes, None, None, time.monotonic() - started)
@@ -128,6 +130,8 @@ def convert(
                 on_event(Resumed(len(done), sum(done), partial.notes))
                 notes += partial.notes
             do(work, partial.path, source, partial.journal, worked("convert"))
+            if factors is not None:
+                factors.check_unchanged()
             errors = None
             if verify:
                 try:
@@ -167,17 +171,26 @@ def plan_of(checkpoint, to, recipe, importance=None):
     return make_plan(checkpoint.config, recipe, stored, vision, kept=kept)
 
 
-def _without_gptq(plan):
+def _without_gptq(plan, factors, low_disk):
     """Notes on what it leaves alone. Raises DgemmaError where it would change nothing."""
     if isinstance(plan, GgufPlan):
-        left = [t.type.name for t in plan.tensors if t.type.name in FLOATS and t.tensor.role in GGUF_QUANTIZED_ROLES]
-        useful, can = {t.type.name for t in plan.tensors} - set(FLOATS), "what ggml quantizes"
+        # In a single block nothing is left to make up for it.
+        can = [t for t in plan.tensors if t.type.name not in FLOATS and t.tensor.shape[-1] > t.type.block]
+        what = "what ggml quantizes, in rows of several blocks"
     else:
-        left = [t.precision.name for t in plan.tensors if t.precision.is_quantized and t.precision.mode != "affine"]
-        useful, can = {t.precision.name for t in plan.tensors if t.precision.mode == "affine"}, "q2 to q8"
-    if not useful:
-        raise DgemmaError(f"--gptq rounds {can}, found nothing of it in recipe {plan.recipe.name}; leave it out")
-    return (f"--gptq leaves {', '.join(sorted(set(left)))} alone: it rounds {can}",) if left else ()
+        can, what = [t for t in plan.tensors if t.precision.mode == "affine"], "q2 to q8"
+    heard = [t for t in can if factors.of(t.tensor)]
+    if not heard:
+        why = f"{factors.path} has nothing for it" if can else f"recipe {plan.recipe.name} has none of it"
+        raise DgemmaError(f"--gptq rounds {what}, and {why}; leave it out, or collect or choose another one")
+    quantized = [t for t in plan.tensors if t.tensor.role in QUANTIZED_ROLES and t.precision_name not in WHOLE]
+    left = [f"{t.tensor.gguf} in {t.precision_name}" for t in quantized if t not in heard]
+    notes = [f"--gptq rounds {count(len(heard), 'tensor')} by {factors.path}"]
+    if left:
+        notes[0] += f", and leaves {count(len(left), 'quantized one')} alone ({left[0]}{', …' * (len(left) > 1)})"
+    if low_disk:
+        notes.append(f"with --low-disk nobody checks that {factors.path} belongs to this model, only that its sizes do")
+    return tuple(notes)
 
 
 def _work(

@@ -53,14 +53,14 @@ def grouped(config: ModelConfig) -> dict[str, list[Tensor]]:
 
 
 def typical(kls: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """Group → its KL in the typical instance and that number's standard error. kls: group → (instances,)
+    """Group → its KL in the typical instance and that number's standard error. kls: group → (instances,), two at least.
 
     Where one instance costs every group a thousand times what another does, a mean is what a few of them say. Their
     geometric mean is what all say; what an instance costs all groups alike is left out of the error.
     """
     logs = np.log(np.maximum(np.stack(list(kls.values())), TINY))
     rest, n = logs - logs.mean(axis=0), logs.shape[1]
-    errors = rest.std(axis=1, ddof=1) / n**0.5 if n > 1 else np.zeros(len(logs))
+    errors = rest.std(axis=1, ddof=1) / n**0.5
     means = np.exp(logs.mean(axis=1))
     return {key: (float(mean), float(mean * e)) for key, mean, e in zip(kls, means, errors, strict=True)}
 

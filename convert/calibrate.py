@@ -6,7 +6,7 @@ Source   llama.cpp, tools/imatrix, for what is summed; the technical report (arX
 Differs  llama-imatrix reads clean text, causally. Here every matrix sees what it sees in use: the prefix causally, and
          canvases at several shares of noise, with and without self-conditioning
 
-The router and the token embedding are left out: the first is never quantized, the second is looked up as well.
+An importance matrix leaves out the router, which no GGUF quantizes, and the token embedding, which is looked up too.
 """
 
 import contextlib
@@ -120,11 +120,11 @@ def run_passes(
         encoder = {t: tap for t, tap in taps.items() if t.layer != last or t.gguf_part in ("attn_k", "attn_v")}
 
         def take_from(used):
-            for tensor, tap in used.items():
-                for seen in tap.seen:
-                    take(tensor, seen)
-            for tap in taps.values():
-                tap.seen.clear()
+            for tensor, tap in taps.items():
+                while tap.seen:  # handed over and forgotten: one that is remembered keeps its memory
+                    seen = tap.seen.pop(0)
+                    if tensor in used:
+                        take(tensor, seen)
 
         def encode(tokens, cache):
             for start in range(0, len(tokens), PREFILL_CHUNK):
@@ -140,7 +140,9 @@ def run_passes(
                     canvas = mx.array(corrupt(clean[None], t, stream, [i], block, config.vocab_size)[0])
                     first = model.denoise_hidden(canvas, cache)
                     logits = model.logits(first) / temperature_at(t, model.generation_config)
-                    second = model.denoise_hidden(canvas, cache, model.soft_embedding(logits.astype(model.dtype)))
+                    soft = model.soft_embedding(logits.astype(model.dtype))
+                    take_from(taps)
+                    second = model.denoise_hidden(canvas, cache, soft)
                     take_from(taps)
                     for table, look in tables.items():
                         take(table, look(first, None))

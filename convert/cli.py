@@ -29,6 +29,7 @@ from mlx_dgemma.quality import error_table
 from mlx_dgemma.units import count, human_bytes
 
 from .api import Fetching, Planned, Resumed, convert
+from .factors import Factors
 from .output import check_free_name
 from .plan_gguf import GgufPlan
 from .recipes import DEFAULTS, TARGETS
@@ -124,7 +125,9 @@ def _parser():
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, from llama.cpp or `convert imatrix`")
     parser.add_argument("--refit", action="store_true", help="MLX: less error in the same bytes; slower")
     parser.add_argument("--gptq", metavar="FILE", help="from `convert gptq`: rounding makes up for its errors")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; needs only config.json")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop; needs only config.json; for auto, weights"
+    )
     parser.add_argument("--verify", action="store_true", help="reopen the result and report the error per role")
     parser.add_argument(
         "--low-disk", action="store_true", help="of a hub id: fetch, convert and delete one shard at a time"
@@ -156,8 +159,12 @@ def _chosen(args, to, console):
 
     if args.out is not None:
         check_free_name(Path(args.out))  # before minutes of work
+    if args.save_recipe is not None:
+        check_free_name(Path(args.save_recipe))
     if (save := _place_of_recipe(args)) is not None:
         check_writable(save)
+    if args.gptq is not None:
+        Factors(args.gptq)
     progress = Bars(TextColumn("errors"), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
     task = progress.add_task("errors", total=None)
 

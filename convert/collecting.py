@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.progress import Bars
 
 EPILOG = """\
@@ -20,8 +21,10 @@ Result = TypeVar("Result")
 def over_examples(name: str, model: str, data: str, work: Callable[..., Result]) -> Result:
     """What `work(model, tokenizer, examples, on_event)` returns, its events (done, total) on stderr. Raises
     DgemmaError."""
-    from mlx_dgemma import load
-
+    try:
+        from mlx_dgemma import load
+    except ImportError:
+        raise DgemmaError("running a model takes MLX, which is not installed here; see README.md, Install") from None
     from .examples import read_examples
 
     examples = read_examples(data)  # before the weights, so that a wrong file costs nothing

@@ -9,6 +9,7 @@ Differs  all layers at once, from the model as it is: GPTQ's own code goes on wi
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +28,14 @@ from .gptq import factor, with_others
 from .output import check_space
 
 ENTERS_EXPERTS = "ffn_gate_up_exps"
+SCRATCH = 8  # times its float32 size that turning products into a factor takes
+
+
+class FactorDone(NamedTuple):
+    """The events after run_passes' own: large factors take a minute each."""
+
+    done: int
+    total: int
 
 
 def products(x: mx.array, experts: mx.array | None, n_experts: int) -> mx.array:
@@ -45,17 +54,23 @@ def listened_to(model: DiffusionGemma, roles: tuple[str, ...] = QUANTIZED_ROLES)
     return {t: 1 if t.gguf_part == ENTERS_EXPERTS else experts_of(t) for t in tensors}
 
 
+def memory(experts: dict[Tensor, int]) -> int:
+    """Bytes of all sums, and of what the largest one is added to and turned into a factor with."""
+    sizes = [n * t.shape[-1] ** 2 * 4 for t, n in experts.items()]
+    return sum(sizes) + max([*sizes, *(SCRATCH * t.shape[-1] ** 2 * 4 for t in experts)], default=0)
+
+
 def check_room(experts: dict[Tensor, int], path: Path, room: int | None = None) -> None:
     """Raises DgemmaError where the sums do not fit beside the model, or the file not on its disk. room: bytes."""
     room = device_memory() if room is None else room
-    need = sum(n * t.shape[-1] ** 2 * 4 for t, n in experts.items())
+    need = memory(experts)
     if room is not None and need > room - mx.get_active_memory():
-        of_experts = sum(n * t.shape[-1] ** 2 * 4 for t, n in experts.items() if t.role == "expert")
+        of_experts = memory({t: n for t, n in experts.items() if t.role == "expert"})
         raise DgemmaError(
             f"{human_bytes(room - mx.get_active_memory())} are left beside the model, expected {human_bytes(need)} for "
             f"the products of its inputs; `--roles expert` takes {human_bytes(of_experts)}, or give an 8-bit copy"
         )
-    check_space(path, need // 2)
+    check_space(path, sum(n * t.shape[-1] * (t.shape[-1] + 1) * 2 for t, n in experts.items()))
 
 
 def collect_factors(
@@ -67,8 +82,11 @@ def collect_factors(
     limit: int | None = None,
     roles: tuple[str, ...] = QUANTIZED_ROLES,
     on_event: Callable = lambda event: None,
-) -> tuple[int, int]:
-    """Write the factors of what the matrices of `roles` saw to `path`. → matrices, canvases. Raises DgemmaError."""
+) -> tuple[int, int, int]:
+    """Write the factors of what the matrices of `roles` saw to `path`. → inputs, passages, canvases
+
+    Raises DgemmaError.
+    """
     experts = listened_to(model, roles)
     check_room(experts, path)
     sums = {t: mx.zeros((n, t.shape[-1], t.shape[-1])) for t, n in experts.items()}
@@ -91,9 +109,13 @@ def collect_factors(
     canvases = run_passes(model, tokenizer, examples, looks, take, seed=seed, limit=limit, on_event=count)
 
     def factors():
+        made, total = 0, sum(experts.values())
         for tensor in list(sums):
-            yield from map(factor, with_others(np.array(sums.pop(tensor))))
+            for products_of_one in with_others(np.array(sums.pop(tensor))):
+                yield factor(products_of_one)
+                made += 1
+                on_event(FactorDone(made, total))
 
     shapes = {t.gguf: (n, t.shape[-1]) for t, n in experts.items()}
     write_factors(path, shapes, factors(), about_of(model_identity(model), done, canvases, seed))
-    return len(experts), canvases
+    return len(experts), done, canvases

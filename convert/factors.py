@@ -6,6 +6,7 @@ Source   safetensors; gptq.py says what a factor is
 Differs  GPTQ's own code goes layer by layer and keeps nothing; a file serves every recipe
 """
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -19,7 +20,6 @@ from mlx_dgemma.errors import DgemmaError
 from mlx_dgemma.shards import Rows, StoredTensor, read_header
 from mlx_dgemma.tensors import Tensor
 
-from .checkpoint import fingerprint
 from .plan import Array
 from .writer import safetensors_layout
 
@@ -41,17 +41,19 @@ class Factors:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise DgemmaError(f"{path}: no such file, expected what `python -m convert gptq` writes")
-        self._entries: dict[str, StoredTensor] = read_header(self.path)
+            raise DgemmaError(f"{path}: is no file, expected what `python -m convert gptq` writes")
         try:
+            self._entries: dict[str, StoredTensor] = read_header(self.path)
             with safetensors.safe_open(self.path, "np") as file:
                 about = file.metadata() or {}
-        except safetensors.SafetensorError as error:
-            raise DgemmaError(f"{path}: is no whole safetensors file ({error}); {AGAIN}") from None
+        except (DgemmaError, safetensors.SafetensorError):
+            raise DgemmaError(
+                f"{path}: is no whole safetensors file, expected what `python -m convert gptq` writes; {AGAIN}"
+            ) from None
         if about.get("format") != FORMAT:
             raise DgemmaError(f"{path}: format is {about.get('format')!r}, expected {FORMAT!r}; {AGAIN}")
         self.model = about.get("model", "")  # identity.py
-        self.fingerprint = fingerprint(self.path)
+        self.digest = about.get("digest", "")
         self._kept: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -64,22 +66,39 @@ class Factors:
         if entry is None:
             return None
         row = tensor.shape[-1]
-        wanted = [(experts, row * (row + 1) // 2) for experts in {1, tensor.shape[0] if len(tensor.shape) == 3 else 1}]
+        numbers = [1] if len(tensor.shape) == 2 else [1, tensor.shape[0]]
+        wanted = [(n, row * (row + 1) // 2) for n in numbers]
         if entry.shape not in wanted or entry.dtype != "F32":
             raise DgemmaError(
-                f"{self.path}: {entry_of(tensor)} is {entry.dtype} {entry.shape}, expected F32 {wanted[-1]}; it "
-                f"belongs to another model; {AGAIN}"
+                f"{self.path}: {entry_of(tensor)} is {entry.dtype} {entry.shape}, expected F32 "
+                f"{' or '.join(map(str, wanted))}; it belongs to another model; {AGAIN}"
             )
         return entry.shape[0], lambda expert: self._factor(entry, entry_of(tensor), expert, row)
 
     def _factor(self, entry, name, expert, row):
         with self._lock:  # also while it is read: another thread most likely wants the same one
             if (name, expert) not in self._kept:
-                self._kept[name, expert] = unpacked(Rows(entry)[expert : expert + 1][0], row)
+                self._kept[name, expert] = self._read(entry, name, expert, row)
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end((name, expert))
             return self._kept[name, expert]
+
+    def _read(self, entry, name, expert, row):
+        try:
+            factor = unpacked(Rows(entry)[expert : expert + 1][0], row)
+        except DgemmaError:
+            raise DgemmaError(f"{self.path}: cannot be read to its end; {AGAIN}") from None
+        if not (np.isfinite(factor).all() and (np.diag(factor) > 0).all()):
+            raise DgemmaError(f"{self.path}: {name} holds what is no factor, expected numbers; {AGAIN}")
+        return factor
+
+    def check_unchanged(self) -> None:
+        """Raises DgemmaError where the file is not the one that was opened."""
+        if Factors(self.path).digest != self.digest:
+            raise DgemmaError(
+                f"{self.path}: changed while it was used, expected the same file until the end; start again"
+            )
 
 
 def write_factors(
@@ -87,11 +106,16 @@ def write_factors(
 ) -> None:
     """shapes: name → (experts, row). factors: (row, row) each, in that order. about: strings for the header."""
     arrays = [Array(name, "F32", (experts, row * (row + 1) // 2)) for name, (experts, row) in shapes.items()]
-    layout = safetensors_layout(arrays, {"format": FORMAT, **about})
+    unknown = "0" * 64
+    layout, digest = safetensors_layout(arrays, {"format": FORMAT, "digest": unknown, **about}), hashlib.sha256()
     with path.open("wb") as file:
         file.write(layout.header)
         for factor in factors:
-            file.write(packed(factor))
+            data = packed(factor).tobytes()
+            digest.update(data)
+            file.write(data)
+        file.seek(layout.header.index(unknown.encode()))
+        file.write(digest.hexdigest().encode())
 
 
 def packed(factor: np.ndarray) -> np.ndarray:

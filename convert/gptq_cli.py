@@ -38,10 +38,11 @@ def _run(args):
                 model, tokenizer, examples, scratch, args.seed, args.examples, roles=roles, on_event=draw
             )
 
-        matrices, canvases = over_examples("gptq", args.model, args.data, work)
+        inputs, examples, canvases = over_examples("gptq", args.model, args.data, work)
     report = {
         "out": args.out,
-        "inputs": matrices,
+        "inputs": inputs,
+        "examples": examples,
         "canvases": canvases,
         "bytes": Path(args.out).stat().st_size,
         "seconds": round(time.monotonic() - began, 3),
@@ -51,10 +52,9 @@ def _run(args):
 
 
 def _as_text(report):
+    heard = f"{count(report['inputs'], 'input')}, {count(report['examples'], 'example')}"
     size = human_bytes(report["bytes"])
-    return "{out}: {0}, {canvases:,} canvases, {1}, {seconds:.1f} s".format(
-        count(report["inputs"], "input"), size, **report
-    )
+    return f"{report['out']}: {heard}, {report['canvases']:,} canvases denoised, {size}, {report['seconds']:.1f} s"
 
 
 def _parser():
@@ -72,7 +72,7 @@ def _parser():
         "--roles",
         nargs="+",
         choices=QUANTIZED_ROLES,
-        help="which tensors (default: all; of the 26B 15 GB of memory and 7.5 of disk, `expert` alone 8.6 and 4.3)",
+        help="which tensors (default: all; of the 26B 17 GB of memory and 7.5 of disk, `expert` alone 8.8 and 4.3)",
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the noise (default 0)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

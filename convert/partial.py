@@ -76,9 +76,9 @@ def partial_output(out: Path, work: Work, fingerprints: dict[Path, str], needed:
 def _another(scratch, out, complete):
     """Minutes of somebody's work are not thrown away for a mistyped recipe."""
     return DgemmaError(
-        f"{scratch} keeps {count(complete, 'tensor')} of an interrupted conversion with another recipe, importance "
-        f"matrix, source or release of this program, expected this one; give that command again, choose another name "
-        f"than {out.name}, or delete that folder"
+        f"{scratch} keeps {count(complete, 'tensor')} of an interrupted conversion with another recipe, option, "
+        f"importance matrix, GPTQ file, source, or release of this program or its quantizers, expected this one; give "
+        f"that command again, choose another name than {out.name}, or delete that folder"
     )
 
 

@@ -55,9 +55,9 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def rounded(groups, scale, bias, most):
     """Codes from 0 to `most`, as float32; 0 where a scale is."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.rint((groups - bias) / scale)
-    return np.clip(np.nan_to_num(codes, copy=False), 0, most).astype(np.float32)
+    with np.errstate(over="ignore"):
+        codes = np.rint((groups - bias) / np.where(scale == 0, np.inf, scale))
+    return np.clip(codes, 0, most).astype(np.float32, copy=False)
 
 
 def _error(groups, codes, scale, bias):

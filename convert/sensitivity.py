@@ -66,6 +66,8 @@ def measure(
     found = canvases(examples, tokenizer, model.config.canvas_length, limit)
     if len(found) < FEWEST:
         raise DgemmaError(f"the examples fill {len(found)} canvases, expected at least {FEWEST}; give more of them")
+    if len({canvas.instance for canvas in found}) < 2:
+        raise DgemmaError("the examples are a single one, expected several; their differences tell how sure a KL is")
     check_context([len(c.prefix) + len(c.clean) for c in found], model.config.max_position_embeddings)
     batches = _batches(found, model, ts, seed)
     reference = [_log_shares(model, batch) for batch in batches]

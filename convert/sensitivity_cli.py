@@ -39,7 +39,8 @@ def _run(args):
     if args.json:
         print(json.dumps({"out": args.out, "seconds": seconds} | as_json(sensitivity)))
     else:
-        print(f"{_table(sensitivity)}\n{args.out}: {len(sensitivity.groups)} groups, {seconds:.1f} s")
+        measured = f"{len(sensitivity.groups)} groups, {sensitivity.canvases} canvases, {seconds:.1f} s"
+        print(f"{_table(sensitivity)}\n{args.out}: {measured}")
     return 0
 
 

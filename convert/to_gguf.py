@@ -4,7 +4,8 @@ Shapes   every tensor is rows of weights (…, row); the file has the shape in g
 Source   the layout of llama.cpp pull request 24423: GGUF names of mlx_dgemma/tensors.py, rope_freqs.weight, and no
          output.weight
 Differs  no value is transformed on the way, so the bytes of a tensor are ggml's quantization of the checkpoint's rows;
-         with GPTQ's factors, of what they become once the blocks before have been made up for
+         with GPTQ's factors, of what they become once the blocks before have been made up for. ggml then sees a block
+         at a time, where its older types would weigh by the importance of a row
 """
 
 import hashlib
@@ -45,7 +46,8 @@ def gguf_work(
     )
     jobs = [_job(checkpoint, t, layout.offsets[t.tensor.gguf], imatrix, factors) for t in plan.tensors]
     jobs.sort(key=lambda job: checkpoint.weights[job.stored].start)
-    return Work({"": layout.size}, fixed, tuple(jobs), quantizer())
+    by_numpy = f", numpy {np.__version__}" if factors is not None else ""
+    return Work({"": layout.size}, fixed, tuple(jobs), quantizer() + by_numpy)
 
 
 def file_metadata(checkpoint: Checkpoint, plan: GgufPlan) -> dict[str, Value]:
@@ -85,7 +87,7 @@ def _job(checkpoint, t: PlannedTensor, offset, imatrix, factors):
     if importance is not None:
         form += f" weighed by {hashlib.sha256(importance.tobytes()).hexdigest()}"
     if factor is not None:
-        form += f", gptq {factors.fingerprint}"
+        form += f", gptq {factors.digest}"
     place = Place("", offset, t.type.row_bytes(row))
     return Job(t.tensor.gguf, name, source, (n, row), (place,), convert, form, together)
 
@@ -94,6 +96,8 @@ def _corrected(piece, type, importance, factor):
     import gguf
 
     def pack(block, start):
+        if not np.abs(block).max() <= LARGEST:  # a factor of another kind of input
+            raise DgemmaError(f"--gptq leads to weights beyond float16's {LARGEST}; leave it out, or collect it again")
         weights = None if importance is None else importance[start : start + type.block]
         data = quantize(block, type, weights, threads=1)
         return data, gguf.dequantize(data, gguf.GGMLQuantizationType[type.name])

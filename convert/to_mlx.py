@@ -90,7 +90,7 @@ def _packing(t, n, refitted, factors):
     def fit(group):
         return packed(from_float32(group, t.kept), t.kept, t.precision, True)[1:]
 
-    return pack, f", gptq {factors.fingerprint}", together
+    return pack, f", gptq {factors.digest}", together
 
 
 def packed(rows: np.ndarray, dtype: str, precision: Precision, refitted: bool) -> tuple[np.ndarray, ...]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from gguf_export.quantize import cores
 
@@ -116,7 +117,12 @@ def do(work: Work, root: Path, checkpoint: Checkpoint, journal: Journal, wrote: 
     Raises DgemmaError for a source that cannot be read, that changed or that holds no numbers, OSError where writing
     fails. The tensors that were complete are then in the journal.
     """
-    with _open_files(work, root) as files, ThreadPoolExecutor(cores() + WAITING) as pool:
+    # One thread of numpy's BLAS for each of ours: more would wait for each other by spinning.
+    with (
+        threadpool_limits(1, "blas"),
+        _open_files(work, root) as files,
+        ThreadPoolExecutor(cores() + WAITING) as pool,
+    ):
         for fixed in work.fixed:
             files[fixed.file].write(fixed.offset, fixed.data)
             if fixed.tensor:

@@ -18,7 +18,7 @@ class Bars(Progress):
     def __init__(self, *columns: ProgressColumn, console: Console | None = None, **options):
         console = console or Console(stderr=True)
         super().__init__(
-            *columns, console=console, disable=not console.is_terminal, speed_estimate_period=RECENT, **options
+            *columns, console=console, disable=not console.is_interactive, speed_estimate_period=RECENT, **options
         )
         self._told = time.monotonic()
 
@@ -31,7 +31,7 @@ class Bars(Progress):
         self._tell(task_id)
 
     def _tell(self, task_id):
-        if self.console.is_terminal or time.monotonic() - self._told < EVERY:
+        if self.console.is_interactive or time.monotonic() - self._told < EVERY:
             return
         self._told = time.monotonic()
         task = next(task for task in self.tasks if task.id == task_id)

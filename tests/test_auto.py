@@ -176,10 +176,15 @@ def test_the_typical_kl_is_not_what_one_instance_says():
     assert auto.typical(kls)["a"][0] < 1.1 * found["a"][0]
 
 
-def test_one_instance_has_no_error_and_no_kl_is_zero():
-    assert auto.typical({"a": np.array([2e-6]), "b": np.array([0.0])}) == {
-        "a": (pytest.approx(2e-6), 0.0), "b": (pytest.approx(auto.TINY), 0.0)
-    }  # fmt: skip
+def test_no_kl_is_zero():
+    assert auto.typical({"a": np.zeros(2)}) == {"a": (pytest.approx(auto.TINY), 0.0)}
+
+
+def test_one_example_says_nothing_of_the_others(loaded):
+    model, tokenizer = loaded
+    long = Example(({"role": "user", "content": "Complete:"},), "def add(a, b):\n    return a + b\n" * 60)
+    with pytest.raises(DgemmaError, match="the examples are a single one"):
+        sensitivity.measure(model, tokenizer, [long], limit=8)
 
 
 def test_an_instance_counts_once(loaded, examples):
@@ -419,6 +424,7 @@ def test_a_choice_goes_by_the_errors_of_fitted_scales(saved, tmp_path, more, mon
     monkeypatch.setattr(auto_recipe, "squared_error", squared_error)
     monkeypatch.setattr(auto_recipe, "find_ggml", lambda: None)
     monkeypatch.setattr("convert.api.Factors", lambda path: None)
+    monkeypatch.setattr("convert.cli.Factors", lambda path: None)
     for options in ([], more):
         arguments = [DEMO, "--dry-run", "--recipe", "auto", "--budget", "3MB", "--sensitivity", str(saved), *options]
         assert main(arguments) == 0

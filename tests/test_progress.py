@@ -14,7 +14,7 @@ def shown(terminal, monkeypatch, step):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=60, get_time=lambda: now[0])
+    console = Console(file=out, force_terminal=terminal, force_interactive=terminal, width=60, get_time=lambda: now[0])
     with Bars(TextColumn("{task.description}"), BarColumn(), console=console, get_time=lambda: now[0]) as bars:
         task = bars.add_task("sensitivity", total=120)
         for _ in range(120):
