@@ -20,6 +20,7 @@ from .recipes_mlx import Precision
 from .refit import pack, rounded
 
 DAMPING = 0.1  # of the mean diagonal, added to all of it
+STRETCH = 512  # columns after which those behind hear of the errors at once: many passes over all of them would cost
 OTHERS = 0.02  # of the mean expert's products, added to every expert's: some see few inputs, or none
 
 
@@ -55,19 +56,21 @@ def gptq(
     """
     G, most = precision.group_size, 2**precision.bits - 1
     left = np.array(values.T, np.float32, order="C")  # (row, rows): what is still to be rounded, columns side by side
-    codes = np.empty(left.shape, np.uint8)
+    codes, errors = np.empty(left.shape, np.uint8), np.empty_like(left)
     stored = []
-    for start in range(0, len(left), G):
-        group = left[start : start + G]
-        stored.append(fit(np.ascontiguousarray(group.T)))
-        scale, bias = (to_float32(a, dtype)[:, 0] for a in stored[-1])
-        local, errors = factor[start : start + G, start : start + G], np.empty_like(group)
-        for j, column in enumerate(group):
-            code = rounded(column, scale, bias, most)
-            errors[j] = (column - (code * scale + bias)) / local[j, j]
-            group[j + 1 :] -= local[j, j + 1 :, None] * errors[j]
-            codes[start + j] = code
-        left[start + G :] -= factor[start : start + G, start + G :].T @ errors
+    for begin in range(0, len(left), STRETCH):
+        end = min(begin + STRETCH, len(left))
+        for start in range(begin, end, G):
+            stop = start + G
+            group, local = left[start:stop], factor[start:stop, start:stop]
+            stored.append(fit(np.ascontiguousarray(group.T)))
+            scale, bias = (to_float32(a, dtype)[:, 0] for a in stored[-1])
+            for j, column in enumerate(group):
+                codes[start + j] = code = rounded(column, scale, bias, most)
+                errors[start + j] = (column - (code * scale + bias)) / local[j, j]
+                group[j + 1 :] -= local[j, j + 1 :, None] * errors[start + j]
+            left[stop:end] -= factor[start:stop, stop:end].T @ errors[start:stop]
+        left[end:] -= factor[begin:end, end:].T @ errors[begin:end]
     scales, biases = (np.concatenate(parts, axis=1) for parts in zip(*stored, strict=True))
     return pack(np.ascontiguousarray(codes.T), precision.bits), scales, biases
 
@@ -79,13 +82,17 @@ def gptq_by_blocks(
 
     pack: (rows, block) float32 and the number of its first column → its bytes (rows, …), its values once read back.
     """
-    left, done = values.astype(np.float32), []
-    for start in range(0, left.shape[1], block):
-        stop = start + block
-        packed, rounded = pack(np.ascontiguousarray(left[:, start:stop]), start)
-        done.append(packed)
-        if stop < left.shape[1]:
+    left, done = np.array(values.T, np.float32, order="C"), []  # columns side by side
+    errors = np.empty_like(left)
+    for begin in range(0, len(left), STRETCH):
+        end = min(begin + STRETCH, len(left))
+        for start in range(begin, end, block):
+            stop = start + block
+            here, local = left[start:stop], factor[start:stop, start:stop]
+            packed, rounded = pack(np.ascontiguousarray(here.T), start)
+            done.append(packed)
             # What columns would have passed on one by one: the errors through the inverse of their part of the factor.
-            errors = np.linalg.solve(factor[start:stop, start:stop].T, (left[:, start:stop] - rounded).T)
-            left[:, stop:] -= errors.T @ factor[start:stop, stop:]
+            errors[start:stop] = np.linalg.solve(local.T, here - rounded.T)
+            left[stop:end] -= factor[start:stop, stop:end].T @ errors[start:stop]
+        left[end:] -= factor[begin:end, end:].T @ errors[begin:end]
     return np.concatenate(done, axis=1)

@@ -101,8 +101,10 @@ def codes_of(words, bits):
     return _unpack(words, bits)
 
 
+@pytest.mark.parametrize("stretch", [64, 128, 512])
 @pytest.mark.parametrize("name", ["q2", "q4", "q4-g32", "q6", "q8"])
-def test_codes_are_the_twins(name):
+def test_codes_are_the_twins(name, stretch, monkeypatch):
+    monkeypatch.setattr("convert.gptq.STRETCH", stretch)
     precision, values, x = PRECISIONS[name], weights(20, 192), inputs(600, 192)
     damped = x.T @ x + DAMPING * np.square(x).sum(axis=0).mean() * np.eye(192)
     words, scales, biases = gptq(values, factor(x.T @ x), fit_of(precision), "F32", precision)
@@ -447,7 +449,10 @@ def block_twin(values, inverse, block, pack):
     return np.concatenate(out, axis=1)
 
 
-def test_blocks_make_up_for_the_blocks_before():
+@pytest.mark.parametrize("stretch", [32, 64, 512])
+def test_blocks_make_up_for_the_blocks_before(stretch, monkeypatch):
+    monkeypatch.setattr("convert.gptq.STRETCH", stretch)
+
     def pack(block, start):
         step = 0.5 + start / 200
         codes = np.rint(block / step)
@@ -457,7 +462,8 @@ def test_blocks_make_up_for_the_blocks_before():
     damped = x.T @ x + DAMPING * np.square(x).sum(axis=0).mean() * np.eye(160)
     found = gptq_by_blocks(values, factor(x.T @ x), 32, pack)
     assert (found != block_twin(values, np.linalg.inv(damped), 32, pack)).mean() < 0.01
-    assert np.array_equal(gptq_by_blocks(values, factor(x.T @ x), 160, pack), pack(values, 0)[0])
+    if stretch == 512:
+        assert np.array_equal(gptq_by_blocks(values, factor(x.T @ x), 160, pack), pack(values, 0)[0])
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "IQ4_NL", "Q4_K", "Q2_K"])
