@@ -113,6 +113,8 @@ def convert(
         notes += plan.notes
         if factors is not None:
             notes += _without_gptq(plan, factors, low_disk)
+        elif refit and not any(t.precision.mode == "affine" for t in plan.tensors):
+            notes += (f"--refit fits q2 to q8, and recipe {plan.recipe.name} has none of it",)
         on_event(Planned(plan, notes))
         if dry_run:
             return Report(plan, notes, None, None, time.monotonic() - started)

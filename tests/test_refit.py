@@ -89,6 +89,12 @@ def test_an_interrupted_run_without_it_is_no_beginning_of_one_with_it(tmp_path, 
     assert works[0].digest() != works[1].digest()
 
 
+def test_a_recipe_with_nothing_to_fit_says_so():
+    report = convert("demo/checkpoint", recipe="bf16", refit=True, dry_run=True)
+    assert "--refit fits q2 to q8, and recipe bf16 has none of it" in report.notes
+    assert not convert("demo/checkpoint", recipe="q4", refit=True, dry_run=True).notes
+
+
 def test_a_gguf_takes_no_refit(tmp_path, capsys):
     with pytest.raises(DgemmaError, match="--refit is for MLX folders"):
         convert("demo/checkpoint", tmp_path / "x.gguf", to="gguf", refit=True)
