@@ -21,6 +21,7 @@ from .refit import pack, rounded
 
 DAMPING = 0.1  # of the mean diagonal, added to all of it
 STRETCH = 512  # columns after which those behind hear of the errors at once: many passes over all of them would cost
+PIECE = 1 << 22  # weights rounded at once: by small ones the interpreter, which threads share, is busy all the time
 OTHERS = 0.02  # of the mean expert's products, added to every expert's: some see few inputs, or none
 
 

@@ -22,9 +22,9 @@ from mlx_dgemma.gguf.reader import Value
 from mlx_dgemma.gguf.types import FLOATS, TYPES
 from mlx_dgemma.quality import not_finite
 
+from . import gptq
 from .checkpoint import Checkpoint
 from .factors import Factors
-from .gptq import gptq_by_blocks
 from .imatrix import Imatrix
 from .plan_gguf import GgufPlan, PlannedTensor
 from .work import Fixed, Job, Place, Work
@@ -89,7 +89,8 @@ def _job(checkpoint, t: PlannedTensor, offset, imatrix, factors):
     if factor is not None:
         form += f", gptq {factors.digest}"
     place = Place("", offset, t.type.row_bytes(row))
-    return Job(t.tensor.gguf, name, source, (n, row), (place,), convert, form, together)
+    piece_size = gptq.PIECE if factor else 0
+    return Job(t.tensor.gguf, name, source, (n, row), (place,), convert, form, together, piece_size)
 
 
 def _corrected(piece, type, importance, factor):
@@ -102,7 +103,7 @@ def _corrected(piece, type, importance, factor):
         data = quantize(block, type, weights, threads=1)
         return data, gguf.dequantize(data, gguf.GGMLQuantizationType[type.name])
 
-    return gptq_by_blocks(piece, factor, type.block, pack)
+    return gptq.gptq_by_blocks(piece, factor, type.block, pack)
 
 
 def _check_finite(piece, t, file):

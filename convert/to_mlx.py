@@ -18,9 +18,9 @@ from mlx_dgemma.floats import TORCH_NAMES, cast, from_float32, is_finite, to_flo
 from mlx_dgemma.quality import not_finite
 from mlx_dgemma.shards import INDEX
 
+from . import gptq
 from .checkpoint import Checkpoint
 from .factors import Factors
-from .gptq import gptq
 from .plan import Plan, PlannedTensor, quantization_block
 from .recipes_mlx import Precision
 from .refit import refit
@@ -54,7 +54,7 @@ def folder_work(checkpoint: Checkpoint, plan: Plan, refitted: bool = False, fact
 def _job(checkpoint, t: PlannedTensor, file, offsets, refitted, factors):
     rows = checkpoint.weights.rows(t.source)
     n, row = rows.shape
-    pack, how, together = _packing(t, n, refitted, factors)
+    pack, how, together, piece_size = _packing(t, n, refitted, factors)
 
     def convert(start, stop):
         piece = rows[start:stop]
@@ -65,13 +65,14 @@ def _job(checkpoint, t: PlannedTensor, file, offsets, refitted, factors):
 
     places = tuple(Place(file, offsets[array.name], array.nbytes // n) for array in t.arrays)
     form = f"{t.stored} through {t.kept} as {t.precision}, {[array.dtype for array in t.arrays]}{how}"
-    return Job(t.tensor.mlx, t.source, checkpoint.weights[t.source].file, (n, row), places, convert, form, together)
+    source = checkpoint.weights[t.source].file
+    return Job(t.tensor.mlx, t.source, source, (n, row), places, convert, form, together, piece_size)
 
 
 def _packing(t, n, refitted, factors):
-    """What makes a piece and the number of its first row the arrays; how, in words; rows that must stay together."""
+    """What makes a piece and the number of its first row the arrays; how, in words; rows that stay together; piece."""
     if not t.precision.is_quantized:
-        return lambda piece, start: (cast(piece, t.stored, t.arrays[0].dtype),), "", 0
+        return lambda piece, start: (cast(piece, t.stored, t.arrays[0].dtype),), "", 0, 0
     found = factors.of(t.tensor) if factors and t.precision.mode == "affine" else None
     if found is None:
         refitted = t.precision.mode == "affine" and (refitted or factors is not None)
@@ -79,18 +80,18 @@ def _packing(t, n, refitted, factors):
         def pack_plainly(piece, start):
             return packed(cast(piece, t.stored, t.kept), t.kept, t.precision, refitted)
 
-        return pack_plainly, ", refitted" * refitted, 0
+        return pack_plainly, ", refitted" * refitted, 0, 0
     n_factors, factor = found
     together = n // n_factors  # a piece ends with its expert where each has its own factor
 
     def pack(piece, start):
         values = to_float32(cast(piece, t.stored, t.kept), t.kept)
-        return gptq(values, factor(start // together), fit, t.kept, t.precision)
+        return gptq.gptq(values, factor(start // together), fit, t.kept, t.precision)
 
     def fit(group):
         return packed(from_float32(group, t.kept), t.kept, t.precision, True)[1:]
 
-    return pack, f", gptq {factors.digest}", together
+    return pack, f", gptq {factors.digest}", together, gptq.PIECE
 
 
 def packed(rows: np.ndarray, dtype: str, precision: Precision, refitted: bool) -> tuple[np.ndarray, ...]:

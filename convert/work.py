@@ -53,6 +53,7 @@ class Job(NamedTuple):
     convert: Callable[[int, int], Sequence[np.ndarray]]  # rows [start, stop) → as many rows for each place
     form: str  # what else decides its bytes, as "BF16 as Q4_K"
     together: int = 0  # rows of one expert, where pieces must not cross from one to the next
+    piece: int = 0  # weights; 0: PIECE
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +63,7 @@ class Job(NamedTuple):
     def pieces(self) -> list[tuple[int, int]]:
         """Ranges of rows."""
         rows, row = self.shape
-        step, together = max(1, PIECE // max(row, 1)), self.together or rows
+        step, together = max(1, (self.piece or PIECE) // max(row, 1)), self.together or rows
         return [
             (start, min(start + step, first + together))
             for first in range(0, rows, together)
