@@ -1,5 +1,6 @@
 """What the commands share that run a model over examples: imatrix, gptq, sensitivity."""
 
+import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -14,8 +15,35 @@ FILE of --data, UTF-8: one JSON object per line where its name ends in .jsonl,
   {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
 else plain text. A few hundred examples of what the model is used for are enough; every expert should see some.
 """
-MODEL = "model folder, GGUF file or hub id: the one to quantize, or an 8-bit copy"
 Result = TypeVar("Result")
+
+
+def parser_of(command: str, description: str, out: str) -> argparse.ArgumentParser:
+    """The options that all of them have. out: the name of the new file, where none is given."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m convert {command}",
+        description=description,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model folder, GGUF file or hub id: the one to quantize, or an 8-bit copy")
+    add("--data", required=True, metavar="FILE", help="examples, see below")
+    add("--out", default=out, metavar="FILE", help=f"new file (default: {out})")
+    add("--seed", type=int, default=0, help="chooses the noise (default 0)")
+    add("--json", action="store_true", help="print the result as one JSON object")
+    return parser
+
+
+def add_examples(parser: argparse.ArgumentParser) -> None:
+    """--examples N"""
+    parser.add_argument("--examples", type=_positive, metavar="N", help="use the first N examples (default: all)")
+
+
+def _positive(text):
+    if (n := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"is {n}, expected at least 1")
+    return n
 
 
 def over_examples(name: str, model: str, data: str, work: Callable[..., Result]) -> Result:

@@ -4,7 +4,6 @@ The result goes to stdout, progress to stderr. Exit codes: 0 done, 1 an `error:`
 after anything but 0 nothing is left behind.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from mlx_dgemma.cli import guarded
 from mlx_dgemma.tensors import QUANTIZED_ROLES
 from mlx_dgemma.units import count, human_bytes
 
-from .collecting import EPILOG, MODEL, over_examples
+from .collecting import add_examples, over_examples, parser_of
 from .output import appears_when_done
 
 OUT = "gptq.safetensors"
@@ -21,8 +20,6 @@ OUT = "gptq.safetensors"
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    if args.examples is not None and args.examples < 1:
-        _parser().error("--examples must be at least 1")
     return guarded(lambda: _run(args))
 
 
@@ -58,22 +55,14 @@ def _as_text(report):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog="python -m convert gptq",
-        description="Collect how the inputs of every matrix go together, so that rounding can make up for its errors.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = parser_of(
+        "gptq", "Collect how the inputs of every matrix go together, so that rounding can make up for its errors.", OUT
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("--data", required=True, metavar="FILE", help="examples, see below")
-    parser.add_argument("--out", default=OUT, metavar="FILE", help=f"new file (default: {OUT})")
-    parser.add_argument("--examples", type=int, metavar="N", help="use the first N examples (default: all)")
+    add_examples(parser)
     parser.add_argument(
         "--roles",
         nargs="+",
         choices=QUANTIZED_ROLES,
         help="which tensors (default: all; of the 26B 17 GB of memory and 7.5 of disk, `expert` alone 8.8 and 4.3)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="chooses the noise (default 0)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser

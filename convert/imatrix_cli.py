@@ -4,7 +4,6 @@ The result goes to stdout, progress to stderr. Exit codes: 0 done, 1 an `error:`
 after anything but 0 nothing is left behind.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -12,21 +11,18 @@ from pathlib import Path
 from mlx_dgemma.cli import guarded
 from mlx_dgemma.units import count
 
-from .collecting import EPILOG, MODEL, over_examples
+from .collecting import add_examples, over_examples, parser_of
 from .imatrix import Imatrix, write_imatrix
-from .output import appears_when_done, check_free_name
+from .output import appears_when_done
 
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    if args.examples is not None and args.examples < 1:
-        _parser().error("--examples must be at least 1")
     return guarded(lambda: _run(args))
 
 
 def _run(args):
     began = time.monotonic()
-    check_free_name(Path(args.out))
     with appears_when_done(Path(args.out), 0, folder=False) as scratch:  # a wrong place is known before the work
         imatrix, passages = _collect(args)
         write_imatrix(imatrix, scratch)
@@ -37,20 +33,10 @@ def _run(args):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog="python -m convert imatrix",
-        description="Collect an importance matrix over denoising steps, for better GGUF quantization.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = parser_of(
+        "imatrix", "Collect an importance matrix over denoising steps, for better GGUF quantization.", "imatrix.gguf"
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("--data", required=True, metavar="FILE", help="examples, see below")
-    parser.add_argument(
-        "--out", default="imatrix.gguf", metavar="FILE", help="new importance matrix (default: imatrix.gguf)"
-    )
-    parser.add_argument("--examples", type=int, metavar="N", help="use the first N examples (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the noise (default 0)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add_examples(parser)
     return parser
 
 

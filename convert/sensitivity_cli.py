@@ -4,7 +4,6 @@ The result goes to stdout, progress to stderr. Exit codes: 0 done, 1 an `error:`
 after anything but 0 nothing is left behind.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from mlx_dgemma.quality import first_bad_tensor, not_finite
 
 from .auto import FEWEST, Sensitivity
 from .auto_recipe import SENSITIVITY, as_json, write_json
-from .collecting import EPILOG, MODEL, over_examples
+from .collecting import over_examples, parser_of
 from .output import appears_when_done
 from .recipes_mlx import PRECISIONS
 
@@ -61,27 +60,18 @@ def measure_model(model: str, data: str, canvases: int = CANVASES, probe: str | 
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
-        prog="python -m convert sensitivity",
-        description="Measure what rounding each group of weights costs, in KL on denoising batches.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = parser_of(
+        "sensitivity", "Measure what rounding each group of weights costs, in KL on denoising batches.", SENSITIVITY
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help=MODEL)
-    add("--data", required=True, metavar="FILE", help="examples, see below")
-    add("--out", default=SENSITIVITY, metavar="FILE", help=f"new file (default: {SENSITIVITY})")
-    add(
+    parser.add_argument(
         "--canvases", type=int, default=CANVASES, metavar="N", help=f"blocks of answers looked at (default: {CANVASES})"
     )
-    add(
+    parser.add_argument(
         "--probe",
         choices=[p.name for p in PRECISIONS.values() if p.is_quantized],
         metavar="P",
         help="MLX precision that is tried (default: q4)",
     )
-    add("--seed", type=int, default=0, help="chooses the noise (default 0)")
-    add("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
 
